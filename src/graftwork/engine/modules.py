@@ -1,0 +1,107 @@
+"""What a technique's module must look like, port by port.
+
+All modules compute in the precision of the signal they are given: adapter tensors are fp32 beside a low-precision
+base, so a module casts its own (small) tensors to the signal, never the signal to its tensors.
+
+    B samples, T tokens, C channels, R rank, N added positions; (..., O, I) a weight as output x input matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class WeightModule(nn.Module):
+    """Weight port: an effective weight W' = f(W, theta), and perhaps an effective bias.
+
+    `effective` must be differentiable and pure; the engine calls it with an fp32 or compute-precision matrix and
+    uses the result in the host's own operation. Merging calls it in fp32.
+    """
+
+    def effective(self, weight: Tensor, base: Tensor) -> Tensor:
+        """The new matrix (..., O, I). `weight` is what earlier modules of the stack made of `base`."""
+        return weight
+
+    def effective_bias(self, bias: Tensor, base: Tensor) -> Tensor:
+        """The new bias (O,). `bias` is what earlier modules of the stack made of `base`."""
+        return bias
+
+
+class DeltaModule(WeightModule):
+    """A weight module that adds a matrix: W' = W + delta."""
+
+    def delta(self) -> Tensor:
+        """The change (..., O, I)."""
+        raise NotImplementedError
+
+    def effective(self, weight: Tensor, base: Tensor) -> Tensor:
+        return weight + self.delta().to(weight.dtype)
+
+
+class LowRankModule(DeltaModule):
+    """A delta with thin factors: scale * up @ down. The engine runs, routes and concatenates the factors.
+
+    Attributes (set by the subclass):
+        down: (..., R, I); up: (..., O, R); scale: a float; dropout: probability on the adapter's input.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(down, up) with up unscaled; override where they are derived from other tensors."""
+        return self.down, self.up
+
+    def delta(self) -> Tensor:
+        down, up = self.factors()
+        return self.scale * (up @ down)
+
+
+class HiddenModule(nn.Module):
+    """Hidden port: reads a signal (..., C) and answers z, which the card's integration joins to the host's y.
+
+    Direct and scaled addition: z (..., C). Rescaling: z broadcastable to (..., C), or (z, shift).
+    Gated addition: (gate in [0, 1], value). Channels are always last; the engine moves them for convolutions.
+    """
+
+
+class PrefixModule(nn.Module):
+    """Attention port: `forward()` gives keys (N, key_width) and values (N, value_width)."""
+
+
+class PromptModule(nn.Module):
+    """Sequence port: `forward()` gives positions (N, C) put in at the stack's input.
+
+    A deep prompt is built once per layer; module i overwrites the reserved slots at layer i.
+    """
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the precision of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A layer norm that computes in the precision of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+def activation(name: str) -> nn.Module:
+    """The activation of that name ("relu", "gelu", "silu", "tanh")."""
+    return {"relu": nn.ReLU(), "gelu": nn.GELU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}[name]
+
+
+def zeros(*shape: int) -> nn.Parameter:
+    """A trainable tensor of zeros."""
+    return nn.Parameter(torch.zeros(*shape))

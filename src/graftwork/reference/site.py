@@ -1,0 +1,91 @@
+"""A site: one workspace resolved to one place in one model, with the shapes a technique needs to build its module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+
+class Kind(StrEnum):
+    """What the host module at a site is, as far as techniques care."""
+
+    LINEAR = "linear"
+    CONVOLUTION = "convolution"
+    EMBEDDING = "embedding"
+    NORM = "norm"
+    PARAMETER = "parameter"  # a bare parameter such as fused expert weights: read, never called
+    BLOCK = "block"  # a module without a weight of its own (layer)
+    ATTENTION = "attention"  # an attention module: extra keys and values
+    STACK = "stack"  # a stack of layers: extra positions
+
+
+class Side(StrEnum):
+    """Which end of the module the workspace means."""
+
+    OUTPUT = "output"
+    INPUT = "input"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One place. Widths are channel counts; matrices are (..., out, in) whatever the storage layout.
+
+    Attributes:
+        key: unique name in this model, `3/attention.query`, `decoder.0/cross_attention.key`, `embedding`.
+        workspace: the workspace without stack (`attention.query`).
+        stack: `encoder`, `decoder`, `vision`, `text`, or empty when the model has one stack.
+        layer: number of the layer in its stack, None outside layers.
+        module: dotted name of the host module whose class is swapped.
+        parameter: the host parameter a weight-port module changes (`weight`; `gate_up_proj` of experts).
+        side: OUTPUT, or INPUT when the workspace is what the module reads (`feedforward.activation`).
+        entry: dotted name of the module whose input a parallel module reads, when it is not `module` itself
+            (the feed-forward block reads what its first projection reads).
+        channels: (start, stop) rows of the output that this workspace owns in a fused projection; for
+            interleaved layouts (heads, parts, part, head_dim). None: all.
+        read_only: the host reads this module's parameters and never calls it (`nn.MultiheadAttention.out_proj`).
+        width_in, width_out: channels of the matrix (for a convolution `width_in` is in_channels / groups x kernel).
+        channels_in, channels_out: channels of the activations read and changed at this site.
+        kernel: kernel shape of a convolution, () otherwise.
+        batch: leading dimensions of the matrix (experts), () otherwise.
+        has_bias: whether the host module has a bias.
+        key_width, value_width: width of keys and values (all heads), for the attention port.
+        heads: number of key/value heads, for the attention port.
+        dtype, device: of the host parameter (adapter tensors are made on the same device).
+        matrix: returns the host weight as an fp32 (..., out, in) matrix, dequantised; for initialisers that
+            read it. Raises on the meta device.
+    """
+
+    key: str
+    workspace: str
+    kind: Kind
+    module: str
+    stack: str = ""
+    layer: int | None = None
+    layers: int = 0
+    parameter: str = "weight"
+    side: Side = Side.OUTPUT
+    entry: str | None = None
+    channels: tuple[int, ...] | None = None
+    read_only: bool = False
+    width_in: int = 0
+    width_out: int = 0
+    channels_in: int = 0
+    channels_out: int = 0
+    kernel: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
+    has_bias: bool = False
+    key_width: int = 0
+    value_width: int = 0
+    heads: int = 0
+    dtype: torch.dtype = torch.float32
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    matrix: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def width(self) -> int:
+        """Channels of the signal that a hidden-port module changes here."""
+        return self.channels_in if self.side is Side.INPUT else self.channels_out

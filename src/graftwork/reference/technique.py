@@ -1,0 +1,204 @@
+"""The contract of a technique: a frozen dataclass that is also its own configuration.
+
+A technique file declares its options as annotated fields, its published properties as `published`, and builds one
+module per site. Everything else follows from the card.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, replace
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+from graftwork.errors import BadOption, CardConflict, UnknownName, nearest
+from graftwork.reference.card import Card
+from graftwork.reference.properties import Insertion, Integration, Port
+from graftwork.reference.site import Site
+
+Layers = str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Annotation: the value is at least `low`."""
+
+    low: float
+
+    def check(self, value: float) -> str | None:
+        return None if value >= self.low else f"must be at least {self.low:g}"
+
+
+@dataclass(frozen=True)
+class Above:
+    """Annotation: the value is above `low`."""
+
+    low: float
+
+    def check(self, value: float) -> str | None:
+        return None if value > self.low else f"must be above {self.low:g}"
+
+
+@dataclass(frozen=True)
+class Between:
+    """Annotation: the value lies in [low, high), or [low, high] when `closed`."""
+
+    low: float
+    high: float
+    closed: bool = False
+
+    def check(self, value: float) -> str | None:
+        inside = self.low <= value and (value <= self.high if self.closed else value < self.high)
+        return None if inside else f"must lie in [{self.low:g}, {self.high:g}{']' if self.closed else ')'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Technique:
+    """A kind of PEFT together with its options.
+
+    Args:
+        workspaces: where to go instead of the card's default (names, `attention.*`, presets, `re:PATTERN`).
+        layers: "all", numbers `(0, 1)`, a range "2-5", "last 4", "first 2" or "every 2".
+        insertion, integration: replace the card's value where the port allows it.
+    """
+
+    published: ClassVar[Card]
+    name: ClassVar[str] = "technique"
+
+    workspaces: tuple[str, ...] | None = None
+    layers: Layers = "all"
+    insertion: Insertion | None = None
+    integration: Integration | None = None
+
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        super().__init_subclass__()
+        cls.name = name or kebab(cls.__name__)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def card(self) -> Card:
+        """The published card with this instance's overrides; raises CardConflict on an impossible one."""
+        changes: dict[str, Any] = {"scale": self.scale}
+        if self.workspaces is not None:
+            changes["workspaces"] = self.workspaces
+        if self.insertion is not None:
+            changes["insertion"] = self.insertion
+        if self.integration is not None:
+            changes["integration"] = self.integration
+        card = replace(self.published, **changes)
+        self._refuse_impossible(card)
+        return card
+
+    @property
+    def scale(self) -> float:
+        """The constant of scaled addition (alpha / rank and the like)."""
+        return self.published.scale
+
+    def build(self, site: Site) -> nn.Module:
+        """The module for one site, made on the current default device, in fp32."""
+        raise NotImplementedError
+
+    def shared(self, sites: Sequence[Site]) -> nn.Module | None:
+        """One module common to all sites (card: sharing), handed to each built module by `adopt(shared)`."""
+        return None
+
+    def stored(self) -> Technique:
+        """The technique as an adapter file names it; differs where training scaffolding is dropped on saving."""
+        return self
+
+    def learning_rates(self) -> Mapping[str, float]:
+        """Factors on the learning rate by the last part of a tensor's name (LoRA+)."""
+        return {}
+
+    def _refuse_impossible(self, card: Card) -> None:
+        old, new = self.published, card
+        if new.port is not old.port:
+            raise CardConflict(
+                f"{self.name}: integration={new.integration.value} would move it from the {old.port.value} port to "
+                f"the {new.port.value} port, which its module does not speak"
+            )
+        if old.port is not Port.HIDDEN and (new.insertion, new.integration) != (old.insertion, old.integration):
+            raise CardConflict(
+                f"{self.name}: insertion and integration are fixed at the {old.port.value} port "
+                f"({old.insertion.value}, {old.integration.value}); only hidden-port techniques can change them"
+            )
+        additive = {Integration.DIRECT_ADDITION, Integration.SCALED_ADDITION}
+        if new.integration is not old.integration and not {old.integration, new.integration} <= additive:
+            raise CardConflict(
+                f"{self.name}: its module answers for {old.integration.value}; "
+                f"{new.integration.value} needs another module"
+            )
+        if new.integration is Integration.RESCALING and new.insertion is Insertion.PARALLEL:
+            raise CardConflict(f"{self.name}: rescaling acts on the host's own signal and cannot be parallel")
+
+    def options(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as plain JSON values."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != default_of(f)}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in changed.items()}
+
+
+def kebab(name: str) -> str:
+    """`BottleneckAdapter` -> `bottleneck-adapter`, `LoRA` -> `lora`, `IA3` -> `ia3`, `PTuning` -> `p-tuning`."""
+    if re.fullmatch(r"[A-Z0-9a-z]{1,4}|[A-Z]+[a-z]?[A-Z]*[A-Z0-9]*", name):
+        return name.lower()
+    if re.search(r"[a-z][A-Z]{1,2}$", name):  # DeltaRA-like acronyms: one word
+        return name.lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
+
+
+def default_of(option: Field[Any]) -> Any:
+    """The default value of a dataclass field."""
+    return option.default_factory() if option.default_factory is not MISSING else option.default
+
+
+def from_options(kind: type[Technique], options: Mapping[str, Any]) -> Technique:
+    """Build a technique from plain JSON or YAML values; unknown keys are refused with the nearest name."""
+    known = {f.name for f in fields(kind)}
+    for key in options:
+        if key not in known:
+            raise UnknownName(f"{kind.name} has no option {key!r}. {nearest(key, known)}")
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    if values.get("insertion") is not None:
+        values["insertion"] = _member(Insertion, values["insertion"], kind.name)
+    if values.get("integration") is not None:
+        values["integration"] = _member(Integration, values["integration"], kind.name)
+    return kind(**values)
+
+
+def _member(enum: Any, value: str, owner: str) -> Any:
+    try:
+        return enum(value)
+    except ValueError:
+        raise BadOption(f"{owner}: {value!r} is not one of {', '.join(m.value for m in enum)}") from None
+
+
+def check_options(technique: Technique) -> None:
+    """Check each field against its annotation (type and range); one place for every technique."""
+    hints = get_type_hints(type(technique), include_extras=True)
+    for option in fields(technique):
+        value = getattr(technique, option.name)
+        problem = _problem(hints[option.name], value)
+        if problem:
+            raise BadOption(f"{technique.name}: {option.name}={value!r} {problem}")
+
+
+def _problem(hint: Any, value: Any) -> str | None:
+    if get_origin(hint) is Annotated:
+        inner, *checks = get_args(hint)
+        wrong = _problem(inner, value)
+        if wrong or value is None:
+            return wrong
+        return next((text for check in checks if (text := check.check(value))), None)
+    if get_origin(hint) is Literal:
+        return None if value in get_args(hint) else f"is not one of {', '.join(map(repr, get_args(hint)))}"
+    if hint is float:
+        return None if isinstance(value, int | float) and not isinstance(value, bool) else "is not a number"
+    if hint is int:
+        return None if isinstance(value, int) and not isinstance(value, bool) else "is not a whole number"
+    if hint in (bool, str):
+        return None if isinstance(value, hint) else f"is not a {hint.__name__}"
+    return None

@@ -1,0 +1,88 @@
+"""LoRA: a low-rank update beside a frozen matrix (Hu et al. 2021, arXiv:2106.09685).
+
+The host answers W x; LoRA adds s B A drop(x) with s = alpha / rank, or alpha / sqrt(rank) when rank-stabilised
+(Kalajdzievski 2023, arXiv:2312.03732). B (`up`) starts at zero, so attaching changes no output; A (`down`) is
+Kaiming-uniform with a = sqrt 5, that is uniform in +-1/sqrt(in). For an embedding the roles swap: A starts at zero
+and B is normal. `up_rate` multiplies the learning rate of B (LoRA+, Hayou et al. 2024, arXiv:2402.12354; they
+suggest about 16).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from torch import nn
+
+from graftwork.engine.modules import LowRankModule
+from graftwork.reference.card import Card
+from graftwork.reference.catalogue import register
+from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
+from graftwork.reference.site import Kind, Site
+from graftwork.reference.technique import Above, AtLeast, Between, Technique
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Technique):
+    """Update each chosen matrix by a product of two thin ones.
+
+    Args:
+        rank: inner width of the product.
+        alpha: numerator of the scale; None means `rank` (scale 1).
+        stabilised: scale by alpha / sqrt(rank).
+        dropout: probability of dropping an element of the adapter's input while training.
+        up_rate: learning-rate factor of B (LoRA+).
+    """
+
+    published: ClassVar[Card] = Card(
+        intra_connectivity=IntraConnectivity.LINEAR,
+        adaptation=Adaptation.REPARAMETERISATION,
+        input=Input.HIDDEN,
+        insertion=Insertion.PARALLEL,
+        integration=Integration.SCALED_ADDITION,
+        workspaces=(
+            "attention.query|attention.qkv|ssm.in|conv|linear",
+            "attention.value?|ssm.out?",
+        ),
+        linear=True,
+        identity_at_init=True,
+        formula="y = W x + (alpha / rank) B A drop(x)",
+        parameters="rank (in + out) per matrix",
+        citation="Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685",
+    )
+
+    rank: Annotated[int, AtLeast(1)] = 8
+    alpha: Annotated[float | None, Above(0)] = None
+    stabilised: bool = False
+    dropout: Annotated[float, Between(0, 1)] = 0.0
+    up_rate: Annotated[float, Above(0)] = 1.0
+
+    @property
+    def scale(self) -> float:
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
+
+    def build(self, site: Site) -> nn.Module:
+        return LowRank(site, self.rank, self.scale, self.dropout)
+
+    def learning_rates(self) -> Mapping[str, float]:
+        return {"up": self.up_rate} if self.up_rate != 1.0 else {}
+
+
+class LowRank(LowRankModule):
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(*site.batch, rank, site.width_in))
+        self.up = nn.Parameter(torch.empty(*site.batch, site.width_out, rank))
+        self.scale, self.dropout = scale, dropout
+        if site.kind is Kind.EMBEDDING:
+            nn.init.zeros_(self.down)
+            nn.init.normal_(self.up)
+        else:
+            bound = 1 / math.sqrt(site.width_in)
+            nn.init.uniform_(self.down, -bound, bound)
+            nn.init.zeros_(self.up)
