@@ -1,0 +1,63 @@
+"""Pydantic's findings on a recipe, in the words of its user: the path, what is wrong, the nearest key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from graftwork.errors import nearest
+
+
+def describe(error: ValidationError, root: type[BaseModel], values: Mapping[str, Any], origin: str) -> str:
+    """One line per finding; the first line says which recipe."""
+    several = isinstance(values.get("technique"), list)
+    lines = dict.fromkeys(_line(finding, root, several) for finding in error.errors())
+    return f"{origin} is not a valid recipe:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _line(finding: Any, root: type[BaseModel], several: bool) -> str:
+    path = _path(finding["loc"], several)
+    kind, value = finding["type"], finding["input"]
+    if kind == "extra_forbidden":
+        return f"{path}: there is no such key. {nearest(path, _known(path, root))}"
+    if kind == "missing":
+        return f"{path}: missing"
+    if kind == "value_error":
+        return f"{path}: {finding['ctx']['error']}" if path else str(finding["ctx"]["error"])
+    return f"{path}: {finding['msg'][0].lower()}{finding['msg'][1:]}, not {value!r}"
+
+
+def _path(location: tuple[Any, ...], several: bool) -> str:
+    """Dotted path without what pydantic adds for unions (`Annotated[...]`, `literal[...]`, `int`)."""
+    parts = [str(part) for part in location if not _is_branch(part)]
+    if not several and parts[:2] == ["technique", "0"]:
+        parts = ["technique", *parts[2:]]
+    return ".".join(parts)
+
+
+def _is_branch(part: Any) -> bool:
+    return isinstance(part, str) and ("[" in part or part in {"int", "float", "str", "none"})
+
+
+def _known(path: str, root: type[BaseModel]) -> list[str]:
+    """The keys beside an unknown one; for a key without section all keys of all sections."""
+    every = _leaves(root)
+    section = path.rpartition(".")[0]
+    beside = [leaf for leaf in every if leaf.startswith(f"{section}.")]
+    return beside if section else [*root.model_fields, *every]
+
+
+def _leaves(section: type[BaseModel], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for name, field in section.model_fields.items():
+        inner = next((kind for kind in _kinds(field.annotation) if issubclass(kind, BaseModel)), None)
+        found += _leaves(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return found
+
+
+def _kinds(annotation: Any) -> list[type]:
+    if isinstance(annotation, type):
+        return [annotation]
+    return [kind for argument in get_args(annotation) for kind in _kinds(argument)]

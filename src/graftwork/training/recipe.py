@@ -1,0 +1,200 @@
+"""A recipe: everything that decides a run, as data. `Recipe.load(path, overrides)` reads and checks one.
+
+    model: {name: minilm}
+    technique: {name: lora, rank: 8}
+    task: {name: text-classification}
+    data: {train: docstrings:subjects}
+    training: {epochs: 3, learning_rate: 1e-3}
+    output: runs/subjects-lora
+
+Paths are relative to the working directory. `model: minilm`, `technique: lora` and the like stand for `{name: ...}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from graftwork.errors import BadRecipe, GraftworkError
+from graftwork.reference.catalogue import make
+from graftwork.reference.technique import Technique
+from graftwork.training import yaml
+from graftwork.training.overrides import override
+from graftwork.training.problems import describe
+
+
+def _interval(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value in ("epoch", "never") or (whole and value >= 1):
+        return value
+    raise ValueError(f"{value!r} is not an interval: write epoch, never, or a number of steps from 1")
+
+
+Interval = Annotated[str | int, BeforeValidator(_interval)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: strict types, no unknown keys, no change after reading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Model(Section):
+    """The host. `name`: an embedded model, a folder or a hub name; `dtype`: what its weights are stored in."""
+
+    name: str = Field(min_length=1)
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    quantised: Literal["none", "8bit", "4bit"] = "none"
+
+
+class TechniqueSpec(BaseModel):
+    """A technique by name, with its options beside the name; each option is checked by the technique itself."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    name: str
+
+    def build(self) -> Technique:
+        """The technique that this spells; raises UnknownName or BadOption."""
+        return make(self.name, self.model_extra)
+
+
+def _checked(spec: TechniqueSpec) -> TechniqueSpec:
+    try:
+        spec.build()
+    except GraftworkError as error:
+        raise ValueError(str(error)) from None
+    return spec
+
+
+OneTechnique = Annotated[TechniqueSpec, BeforeValidator(_named), AfterValidator(_checked)]
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+class TaskSpec(Section):
+    """What is learnt. `columns`: role -> column of the data (`text: sentence`); `options`: the task's own."""
+
+    name: str
+    columns: dict[str, str] = {}
+    options: dict[str, Any] = {}
+
+
+class Data(Section):
+    """Paths, embedded names (`docstrings:subjects`) or hub names.
+
+    Without `validation`, the share `hold_out` of the training rows is kept aside. `limit` takes at most so many rows
+    of each split.
+    """
+
+    train: str
+    validation: str | None = None
+    test: str | None = None
+    hold_out: Share = 0.1
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+class Training(Section):
+    """How it is learnt.
+
+    Args:
+        epochs, steps: length of the run; `steps` wins when given.
+        batch_size: samples per optimiser step, over all processes and accumulation slices.
+        accumulation: slices that a process cuts its share of a batch into.
+        checkpointing: recompute activations in the backward pass.
+        warmup: share of all steps in which the learning rate rises from zero.
+        weight_decay: applies to matrices, never to vectors.
+        clip: bound of the gradient's norm; 0 does not clip.
+        precision: of the arithmetic (autocast); the weights' own is `model.dtype`.
+        evaluate_every, save_every: "epoch", a number of steps, or "never".
+        patience: evaluations without improvement after which the run stops.
+        keep: which state becomes the adapter, that of the best evaluation or the last.
+        sharding: "fsdp2" shards the model over the processes; "none" copies it to each (DDP).
+    """
+
+    epochs: Annotated[float, Field(gt=0)] = 3
+    steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    checkpointing: bool = False
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Share = 0.06
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    log_every: Annotated[int, Field(ge=1)] = 10
+    evaluate_every: Interval = "epoch"
+    save_every: Interval = "epoch"
+    patience: Annotated[int, Field(ge=1)] | None = None
+    keep: Literal["best", "last"] = "best"
+    sharding: Literal["none", "fsdp2"] = "none"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Training:
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide by accumulation={self.accumulation}"
+            )
+        if self.patience is not None and self.evaluate_every == "never":
+            raise ValueError("patience needs evaluations: set evaluate_every")
+        return self
+
+
+class Recipe(Section):
+    """Everything that decides a run."""
+
+    model: Annotated[Model, BeforeValidator(_named)]
+    technique: Annotated[list[OneTechnique], BeforeValidator(_listed), Field(min_length=1)]
+    task: Annotated[TaskSpec, BeforeValidator(_named)]
+    data: Data
+    training: Training = Training()
+    output: str
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a recipe file and apply `section.key=value` overrides; raises BadRecipe naming the path at fault."""
+        return cls.of(yaml.read(Path(path)), overrides, origin=str(path))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], overrides: Sequence[str] = (), origin: str = "recipe") -> Recipe:
+        """A recipe from plain values."""
+        changed = override(values, overrides)
+        try:
+            return cls.model_validate(changed)
+        except ValidationError as error:
+            raise BadRecipe(describe(error, cls, changed, origin)) from None
+
+    def techniques(self) -> list[Technique]:
+        """What to attach, in order."""
+        return [spec.build() for spec in self.technique]
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values, defaults filled in; `Recipe.of` of them is this recipe again."""
+        values = self.model_dump(exclude_none=True)
+        if len(self.technique) == 1:
+            values["technique"] = values["technique"][0]
+        return values
+
+    def text(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.dump(self.resolved())
