@@ -7,7 +7,7 @@
     training: {epochs: 3, learning_rate: 1e-3}
     output: runs/subjects-lora
 
-Paths are relative to the working directory. `model: minilm`, `technique: lora` and the like stand for `{name: ...}`.
+Paths are relative to the working directory. `model: minilm` or `technique: lora` stands for `{name: ...}`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _named(value: Any) -> Any:
 
 
 class Model(Section):
-    """The host. `name`: an embedded model, a folder or a hub name; `dtype`: what its weights are stored in."""
+    """The host. `name`: an embedded model, a folder or a hub name; `dtype`: how its weights are stored."""
 
     name: str = Field(min_length=1)
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -64,7 +64,7 @@ class Model(Section):
 
 
 class TechniqueSpec(BaseModel):
-    """A technique by name, with its options beside the name; each option is checked by the technique itself."""
+    """A technique by name, its options beside the name; the technique itself checks each."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
@@ -101,8 +101,8 @@ class TaskSpec(Section):
 class Data(Section):
     """Paths, embedded names (`docstrings:subjects`) or hub names.
 
-    Without `validation`, the share `hold_out` of the training rows is kept aside. `limit` takes at most so many rows
-    of each split.
+    Without `validation`, the share `hold_out` of the training rows is kept aside. `limit` takes at most so many
+    rows of each split.
     """
 
     train: str
@@ -172,7 +172,7 @@ class Recipe(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-        """Read a recipe file and apply `section.key=value` overrides; raises BadRecipe naming the path at fault."""
+        """Read a recipe file and apply `section.key=value` overrides; BadRecipe names the path at fault."""
         return cls.of(yaml.read(Path(path)), overrides, origin=str(path))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""YAML as recipes use it: `1e-3` is a number, and only `true` and `false` are booleans (YAML 1.2's core rules)."""
+"""YAML as recipes use it: `1e-3` is a number, and only `true` and `false` are booleans (YAML 1.2)."""
 
 from __future__ import annotations
 
