@@ -101,8 +101,8 @@ class TaskSpec(Section):
 class Data(Section):
     """Paths, embedded names (`docstrings:subjects`) or hub names.
 
-    Without `validation`, the share `hold_out` of the training rows is kept aside. `limit` takes at most so many
-    rows of each split.
+    Without `validation`, the share `hold_out` of the training rows is kept aside.
+    `limit` takes at most so many rows of each split.
     """
 
     train: str
