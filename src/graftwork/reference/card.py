@@ -1,4 +1,4 @@
-"""A technique's PEFT-Ref properties as data. The engine reads them; nothing else decides how a technique runs."""
+"""A technique's PEFT-Ref properties as data. The engine reads them; nothing else decides how it runs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from graftwork.reference.properties import (
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """The nine properties, three facts the engine relies on (each tested, never believed), and the documentation.
+    """The nine properties, three facts the engine relies on (tested, never believed), and the documentation.
 
     Attributes:
-        workspaces: where the technique goes unless told otherwise; a `|` offers alternatives, first match wins
-            (`attention.query|attention.qkv`), a `?` at the end makes an entry optional.
+        workspaces: where the technique goes unless told otherwise; a `|` offers alternatives, first match
+            wins (`attention.query|attention.qkv`), a `?` at the end makes an entry optional.
         linear: merging is possible: the adapter amounts to a change of weights.
         identity_at_init: attaching changes no output.
         token_wise: the module treats positions one by one, so it can be routed per token.

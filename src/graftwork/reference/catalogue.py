@@ -1,4 +1,4 @@
-"""All techniques that exist, by name. A file in `techniques/` is found by itself; anyone else calls `register`."""
+"""All techniques that exist, by name. A file in `techniques/` is found by itself; others call `register`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def register(kind: type[T]) -> type[T]:
     """Class decorator: make a technique known by its kebab name to recipes, files and the command line."""
     known = _registered.get(kind.name)
     if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise BadOption(f"a technique named {kind.name!r} exists already ({known.__module__}.{known.__qualname__})")
+        raise BadOption(
+            f"a technique named {kind.name!r} exists already ({known.__module__}.{known.__qualname__})"
+        )
     if not getattr(kind, "published", None):
         raise BadOption(f"{kind.__name__} has no card: set `published = Card(...)`")
     _registered[kind.name] = kind

@@ -1,4 +1,4 @@
-"""A site: one workspace resolved to one place in one model, with the shapes a technique needs to build its module."""
+"""A site: one workspace resolved to one place in one model, with the shapes that a technique needs."""
 
 from __future__ import annotations
 
@@ -46,17 +46,22 @@ class Site:
             (the feed-forward block reads what its first projection reads).
         channels: (start, stop) rows of the output that this workspace owns in a fused projection; for
             interleaved layouts (heads, parts, part, head_dim). None: all.
-        read_only: the host reads this module's parameters and never calls it (`nn.MultiheadAttention.out_proj`).
-        width_in, width_out: channels of the matrix (for a convolution `width_in` is in_channels / groups x kernel).
+        read_only: the host reads this module's parameters and never calls it
+            (`nn.MultiheadAttention.out_proj`).
+        width_in, width_out: channels of the matrix (for a convolution `width_in` is
+            in_channels / groups x kernel).
         channels_in, channels_out: channels of the activations read and changed at this site.
         kernel: kernel shape of a convolution, () otherwise.
         batch: leading dimensions of the matrix (experts), () otherwise.
         has_bias: whether the host module has a bias.
+        causal: the stack looks back only, so a module that looks across positions must not look ahead.
         key_width, value_width: width of keys and values (all heads), for the attention port.
         heads: number of key/value heads, for the attention port.
         dtype, device: of the host parameter (adapter tensors are made on the same device).
-        matrix: returns the host weight as an fp32 (..., out, in) matrix, dequantised; for initialisers that
-            read it. Raises on the meta device.
+        matrix: returns the host weight in fp32, dequantised, shaped as `shape` says; for initialisers that
+            read it. At a STACK the embedding table as (channels, vocabulary), None where the stack has none.
+            Raises on the meta device.
+        bias: returns the host bias in fp32, (width_out,); None where `has_bias` is false.
     """
 
     key: str
@@ -78,14 +83,29 @@ class Site:
     kernel: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
     has_bias: bool = False
+    causal: bool = False
     key_width: int = 0
     value_width: int = 0
     heads: int = 0
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     matrix: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
+    bias: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
 
     @property
     def width(self) -> int:
         """Channels of the signal that a hidden-port module changes here."""
         return self.channels_in if self.side is Side.INPUT else self.channels_out
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the host weight as the weight port gives it: (width,) for a norm, else (..., out, in)."""
+        return (self.width_out,) if self.kind is Kind.NORM else (*self.batch, self.width_out, self.width_in)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the site stands for a parameter of its own; a block or inner activation borrows one."""
+        return self.kind in _WEIGHTED and self.side is Side.OUTPUT and self.entry is None
+
+
+_WEIGHTED = (Kind.LINEAR, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.PARAMETER)

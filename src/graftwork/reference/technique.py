@@ -1,15 +1,18 @@
 """The contract of a technique: a frozen dataclass that is also its own configuration.
 
-A technique file declares its options as annotated fields, its published properties as `published`, and builds one
-module per site. Everything else follows from the card.
+A technique file declares its options as annotated fields, its published properties as `published`, and builds
+one module per site. Everything else follows from the card.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from enum import EnumMeta
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -77,6 +80,10 @@ class Technique:
         cls.name = name or kebab(cls.__name__)
 
     def __post_init__(self) -> None:
+        hints = get_type_hints(type(self), include_extras=True)
+        for option in fields(self):
+            value = _plain(hints[option.name], getattr(self, option.name), f"{self.name}: {option.name}")
+            object.__setattr__(self, option.name, value)
         check_options(self)
 
     @property
@@ -102,13 +109,28 @@ class Technique:
         """The module for one site, made on the current default device, in fp32."""
         raise NotImplementedError
 
+    def fits(self, site: Site) -> bool:
+        """Whether a module can be built at a selected site; the others are left out, none left is an error."""
+        return True
+
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
-        """One module common to all sites (card: sharing), handed to each built module by `adopt(shared)`."""
+        """One module common to all sites (card: sharing), handed to each built module by `adopt(shared)`.
+
+        A built module registers it as its child `shared`: its tensors are named `shared.NAME` at every site.
+        """
         return None
 
     def stored(self) -> Technique:
-        """The technique as an adapter file names it; differs where training scaffolding is dropped on saving."""
+        """The technique as an adapter file names it; differs where training scaffolding is dropped on saving.
+
+        Where it differs, the built modules have `stored_tensors() -> dict[str, Tensor]`: what the file holds
+        of them, under the names that the stored technique's modules use.
+        """
         return self
+
+    def width_read(self, site: Site) -> int:
+        """Channels a hidden-port module reads: the signal it changes, or the site's input when parallel."""
+        return site.channels_in if self.card.insertion is Insertion.PARALLEL else site.width
 
     def learning_rates(self) -> Mapping[str, float]:
         """Factors on the learning rate by the last part of a tensor's name (LoRA+)."""
@@ -118,13 +140,14 @@ class Technique:
         old, new = self.published, card
         if new.port is not old.port:
             raise CardConflict(
-                f"{self.name}: integration={new.integration.value} would move it from the {old.port.value} port to "
-                f"the {new.port.value} port, which its module does not speak"
+                f"{self.name}: integration={new.integration.value} would move it from the {old.port.value} port "
+                f"to the {new.port.value} port, which its module does not speak"
             )
-        if old.port is not Port.HIDDEN and (new.insertion, new.integration) != (old.insertion, old.integration):
+        moved = (new.insertion, new.integration) != (old.insertion, old.integration)
+        if old.port is not Port.HIDDEN and moved:
             raise CardConflict(
                 f"{self.name}: insertion and integration are fixed at the {old.port.value} port "
-                f"({old.insertion.value}, {old.integration.value}); only hidden-port techniques can change them"
+                f"({old.insertion.value}, {old.integration.value}); only hidden-port techniques change them"
             )
         additive = {Integration.DIRECT_ADDITION, Integration.SCALED_ADDITION}
         if new.integration is not old.integration and not {old.integration, new.integration} <= additive:
@@ -137,12 +160,13 @@ class Technique:
 
     def options(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as plain JSON values."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != default_of(f)}
+        values = {option.name: (getattr(self, option.name), default_of(option)) for option in fields(self)}
+        changed = {name: value for name, (value, default) in values.items() if value != default}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in changed.items()}
 
 
 def kebab(name: str) -> str:
-    """`BottleneckAdapter` -> `bottleneck-adapter`, `LoRA` -> `lora`, `IA3` -> `ia3`, `PTuning` -> `p-tuning`."""
+    """`BottleneckAdapter` -> `bottleneck-adapter`, `LoRA` -> `lora`, `PTuning` -> `p-tuning`."""
     if re.fullmatch(r"[A-Z0-9a-z]{1,4}|[A-Z]+[a-z]?[A-Z]*[A-Z0-9]*", name):
         return name.lower()
     if re.search(r"[a-z][A-Z]{1,2}$", name):  # DeltaRA-like acronyms: one word
@@ -161,19 +185,7 @@ def from_options(kind: type[Technique], options: Mapping[str, Any]) -> Technique
     for key in options:
         if key not in known:
             raise UnknownName(f"{kind.name} has no option {key!r}. {nearest(key, known)}")
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
-    if values.get("insertion") is not None:
-        values["insertion"] = _member(Insertion, values["insertion"], kind.name)
-    if values.get("integration") is not None:
-        values["integration"] = _member(Integration, values["integration"], kind.name)
-    return kind(**values)
-
-
-def _member(enum: Any, value: str, owner: str) -> Any:
-    try:
-        return enum(value)
-    except ValueError:
-        raise BadOption(f"{owner}: {value!r} is not one of {', '.join(m.value for m in enum)}") from None
+    return kind(**options)
 
 
 def check_options(technique: Technique) -> None:
@@ -186,19 +198,57 @@ def check_options(technique: Technique) -> None:
             raise BadOption(f"{technique.name}: {option.name}={value!r} {problem}")
 
 
-def _problem(hint: Any, value: Any) -> str | None:
+def _plain(hint: Any, value: Any, where: str) -> Any:
+    """The value as its field holds it: a list as a tuple, a lone name as a tuple of one, a text as a member."""
+    kinds = _alternatives(hint)
+    if isinstance(value, list):
+        return tuple(value)
+    enums = [kind for kind in kinds if isinstance(kind, EnumMeta)]
+    if not isinstance(value, str) or str in kinds or not (enums or tuple[str, ...] in kinds):
+        return value
+    return _member(enums[0], value, where) if enums else (value,)
+
+
+def _member(enum: Any, value: str, where: str) -> Any:
+    try:
+        return enum(value)
+    except ValueError:
+        raise BadOption(f"{where}={value!r} is not one of {', '.join(m.value for m in enum)}") from None
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
     if get_origin(hint) is Annotated:
-        inner, *checks = get_args(hint)
-        wrong = _problem(inner, value)
+        return _alternatives(get_args(hint)[0])
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _problem(hint: Any, value: Any) -> str | None:
+    """What is wrong with a value by its annotation, None when nothing is."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        wrong = _problem(inner[0], value)
         if wrong or value is None:
             return wrong
-        return next((text for check in checks if (text := check.check(value))), None)
-    if get_origin(hint) is Literal:
-        return None if value in get_args(hint) else f"is not one of {', '.join(map(repr, get_args(hint)))}"
+        return next((text for check in inner[1:] if (text := check.check(value))), None)
+    if origin in (Union, UnionType):
+        problems = [_problem(kind, value) for kind in inner if kind is not NoneType]
+        fine = None in problems or (value is None and NoneType in inner)
+        return None if fine else " and ".join(map(str, problems))
+    if origin is Literal:
+        return None if value in inner else f"is not one of {', '.join(map(repr, inner))}"
+    if origin is tuple:
+        fine = isinstance(value, tuple) and not any(_problem(inner[0], item) for item in value)
+        return None if fine else f"is not a list of {_NOUNS.get(inner[0], inner[0])}"
+    return _wrong_type(hint, value)
+
+
+def _wrong_type(hint: Any, value: Any) -> str | None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
     if hint is float:
-        return None if isinstance(value, int | float) and not isinstance(value, bool) else "is not a number"
+        return None if number and math.isfinite(value) else "is not a finite number"
     if hint is int:
-        return None if isinstance(value, int) and not isinstance(value, bool) else "is not a whole number"
-    if hint in (bool, str):
-        return None if isinstance(value, hint) else f"is not a {hint.__name__}"
-    return None
+        return None if number and isinstance(value, int) else "is not a whole number"
+    return None if isinstance(value, hint) else f"is not a {hint.__name__}"
+
+
+_NOUNS = {str: "names", int: "whole numbers", float: "numbers"}
