@@ -1,0 +1,84 @@
+"""What happens when a seated module is called, or when its parameters are read.
+
+A call runs, from outside in: the root's checks, the sequence port, the split of a routed batch where the host only
+reads weights, hidden modules on the input, the host's operation with its effective weight, hidden modules on the
+output. Nothing of ours running means a plain call of the base's forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from graftwork.engine import checks, hidden, split, weight
+from graftwork.engine.seat import Seat
+from graftwork.errors import RouteError
+from graftwork.reference.properties import Port
+
+
+def forward(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The swapped class's forward."""
+    if seat.root:
+        return checks.root_call(module, seat, _arranged, base, args, kwargs)
+    return _arranged(module, seat, base, args, kwargs)
+
+
+def _arranged(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if seat.around is not None:
+        return seat.around(module, seat, base, own, args, kwargs)
+    return own(module, seat, base, args, kwargs)
+
+
+def own(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module's forward with its children's parameters readable in effective form."""
+    if seat.readers and seat.state.route is not None and split.needed(seat):
+        return split.by_adapter(module, seat, base, own, args, kwargs)
+    seat.depth += 1
+    try:
+        if not seat.ports and not seat.keeps_input:
+            return base.forward(module, *args, **kwargs)  # type: ignore[attr-defined]
+        return _site(module, seat, base, args, kwargs)
+    finally:
+        seat.depth -= 1
+
+
+def _site(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    weights, around = seat.running(Port.WEIGHT), seat.running(Port.HIDDEN)
+    if seat.keeps_input:
+        seat.kept = hidden.signal(args, kwargs, seat.path)
+    if not weights and not around:
+        return weight.plain(module, seat, base, args, kwargs)
+    if around:
+        seat.touch(Port.HIDDEN)
+        args, kwargs = hidden.before(seat, around, args, kwargs)
+    entered = args, kwargs
+    if weights:
+        seat.touch(Port.WEIGHT)
+        out = weight.run(module, seat, base, weights, args, kwargs)
+    else:
+        out = weight.plain(module, seat, base, args, kwargs)
+    if around:
+        out = hidden.behind(seat, around, entered, out)
+    for entry in seat.entries.values():
+        entry.kept = None
+    return out
+
+
+def read(module: nn.Module, seat: Seat, name: str, stored: Tensor | None) -> Tensor | None:
+    """A parameter as code that reads it should see it."""
+    if seat.values is not None and name in seat.values:
+        return seat.values[name]
+    if seat.raw or stored is None or stored.is_meta or not any(owner.depth for owner in seat.owners):
+        return stored
+    running = seat.running(Port.WEIGHT)
+    if not running and not seat.running(Port.HIDDEN):
+        return stored
+    seat.touch(Port.WEIGHT)
+    if seat.state.route is not None:
+        raise RouteError(
+            f"{seat.path}.{name} is read while a route is set, where no batch can be split. "
+            "Route whole batches (gw.active), or choose another workspace"
+        )
+    return weight.values(module, seat, weight.flat(running), (name,)).get(name, stored)
+

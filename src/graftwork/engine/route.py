@@ -1,0 +1,93 @@
+"""A route: which adapter serves which sample or token. Prepared once, read by every site.
+
+    B samples, T tokens, N adapters of the route
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from graftwork.errors import RouteError
+
+
+class Route:
+    """An immutable assignment of samples (B,) or tokens (B, T) to adapters; -1 is the bare base.
+
+    Args:
+        names: adapters the index points into.
+        index: integer tensor (B,) or (B, T) with values in [-1, N).
+    """
+
+    def __init__(self, names: Sequence[str], index: Tensor) -> None:
+        self.names = tuple(names)
+        self.index = _checked(self.names, index)
+        self.per_token = index.dim() == 2
+        self._fitted: dict[tuple[int, int | None], Tensor] = {}
+        self._rows: dict[tuple[int, int | None, str], Tensor] = {}
+        self._used = {name: i for i, name in enumerate(self.names) if bool((self.index == i).any())}
+
+    def uses(self, name: str) -> bool:
+        """Whether any sample or token goes to `name` (known on the host, no device synchronisation)."""
+        return name in self._used
+
+    def fit(self, batch: int, tokens: int | None) -> Tensor:
+        """The index laid out for a signal of `batch` rows (and `tokens` positions, where it has them).
+
+        A batch that is a multiple of the route's repeats each row (beams, windows, flattened tokens): both are
+        batch-major. Returns (batch,) or (batch, tokens).
+        """
+        key = (batch, tokens if self.per_token else None)
+        found = self._fitted.get(key)
+        if found is None:
+            found = self._lay_out(batch, tokens)
+            if not torch.compiler.is_compiling():
+                self._fitted[key] = found
+        return found
+
+    def rows(self, name: str, batch: int, tokens: int | None) -> Tensor:
+        """Positions of `name` in the fitted index, flattened: rows of the batch, or tokens of batch x tokens."""
+        key = (batch, tokens if self.per_token else None, name)
+        found = self._rows.get(key)
+        if found is None:
+            mask = self.fit(batch, tokens).flatten() == self.names.index(name)
+            found = mask.nonzero().squeeze(1)
+            self._rows[key] = found
+        return found
+
+    def _lay_out(self, batch: int, tokens: int | None) -> Tensor:
+        size = self.index.shape[0]
+        if not self.per_token:
+            if batch == size:
+                return self.index
+            if batch % size == 0:
+                return self.index.repeat_interleave(batch // size)
+            raise RouteError(f"the route has {size} rows, this site sees a batch of {batch}")
+        length = self.index.shape[1]
+        if tokens == length and batch % size == 0:
+            return self.index if batch == size else self.index.repeat_interleave(batch // size, dim=0)
+        if tokens is None and batch == size * length:
+            return self.index.flatten()
+        raise RouteError(
+            f"the route assigns {size} x {length} tokens, this site sees {batch} rows"
+            + ("" if tokens is None else f" of {tokens} tokens")
+            + ". Route per sample, or give an index that covers every position of this forward"
+        )
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Route:
+        return self
+
+
+def _checked(names: tuple[str, ...], index: Tensor) -> Tensor:
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
+        raise RouteError("a route index is an integer tensor of shape (batch,) or (batch, tokens)")
+    if index.dim() not in (1, 2) or index.numel() == 0:
+        raise RouteError(f"a route index has shape (batch,) or (batch, tokens), not {tuple(index.shape)}")
+    if len(set(names)) != len(names):
+        raise RouteError(f"a route names each adapter once, not {list(names)}")
+    low, high = int(index.min()), int(index.max())
+    if low < -1 or high >= len(names):
+        raise RouteError(f"route index {low if low < -1 else high} is outside [-1, {len(names)}) for {list(names)}")
+    return index.long()
