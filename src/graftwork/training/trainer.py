@@ -1,0 +1,197 @@
+"""transformers' Trainer with our checkpoints, exact loss weighting, and evaluation by generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.distributed import all_gather_object, barrier
+from transformers.trainer_callback import ExportableState
+
+from graftwork.tasks.base import IGNORED, Task
+from graftwork.training import checkpoints, states
+from graftwork.training.groups import Group
+
+Batch = dict[str, Any]
+
+
+class Trainer(transformers.Trainer):
+    """Differences from transformers' own:
+
+    - A checkpoint holds trained tensors, optimiser, scheduler and random states, nothing of the frozen base; it is
+      whole or absent (`checkpoints.py`).
+    - The loss of a slice of a batch counts by its share of the counted labels, over accumulation slices and
+      processes alike, so that neither changes the gradient.
+    - The state of the best evaluation is always checkpointed; training stops after `patience` evaluations without
+      a better one.
+    - Running statistics of the frozen base (batch norm) stay as they are.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        groups: Callable[[nn.Module], Sequence[Group]],
+        patience: int | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self._task, self._groups, self._patience = task, groups, patience
+        self._frozen_statistics = [m for m in self.model.modules() if getattr(m, "track_running_stats", False)]
+        self._resumed: checkpoints.Contents | None = None
+
+    # The loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        for module in self._frozen_statistics:
+            module.eval()
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if model.training:
+            loss = self._weighted(loss, outputs, inputs["labels"], num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _weighted(self, loss: Tensor, outputs: Any, labels: Tensor, total: Tensor) -> Tensor:
+        """A mean over this slice's counted labels, as its part of the mean over the whole batch's."""
+        counted = self._counted(labels)
+        if counted == 0:
+            return outputs["logits"].sum() * 0.0  # the mean of nothing is not a number
+        return loss * (counted / total) * self.accelerator.num_processes
+
+    def _counted(self, labels: Tensor) -> int:
+        if labels.is_floating_point():
+            return labels.numel()
+        return int((labels[..., 1:] if self._loss_shifts_labels else labels).ne(IGNORED).sum())
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        total = torch.tensor(sum(self._counted(batch["labels"]) for batch in batch_samples), device=device)
+        return self.accelerator.gather(total).sum()
+
+    # Optimiser
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = self._groups(self.model)
+            rate = self.args.learning_rate
+            self.optimizer = kind(
+                [
+                    {"params": g.parameters, "lr": rate * g.factor, "weight_decay": g.weight_decay}
+                    for g in groups
+                ],
+                **options,
+            )
+        return self.optimizer
+
+    # Evaluation
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        loss, logits, labels = super().prediction_step(
+            model, inputs, prediction_loss_only or self._task.generates, ignore_keys
+        )
+        if not self._task.generates or prediction_loss_only:
+            return loss, logits, labels
+        inputs = self._prepare_inputs(inputs)
+        given = {key: value for key, value in inputs.items() if key not in ("labels", "decoder_input_ids")}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            ids = self.accelerator.unwrap_model(model).generate(**given, **self._task.generation())
+        return loss, ids, inputs["labels"]
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        better = super()._determine_best_metric(metrics, trial)
+        if better:
+            self.state.best_global_step = self.state.global_step
+            self.control.should_save = True
+        if self._patience is not None and self.stale() >= self._patience:
+            self.control.should_training_stop = True
+        return better
+
+    def stale(self) -> int:
+        """Evaluations since the best one."""
+        key = f"eval_{self._task.best_metric}"
+        steps = {entry["step"] for entry in self.state.log_history if key in entry}
+        return sum(step > (self.state.best_global_step or 0) for step in steps)
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        contents = self._contents()
+        run, step = Path(self.args.output_dir), self.state.global_step
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
+        if self.args.should_save:
+            for part in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(part, ExportableState):
+                    self.state.stateful_callbacks[type(part).__name__] = part.state()
+            newest = checkpoints.write(run, step, contents, lambda file: self.state.save_to_json(str(file)))
+            keep = {newest, Path(self.state.best_model_checkpoint or newest)}
+            checkpoints.remove(folder for folder in checkpoints.whole(run) if folder not in keep)
+        if self.args.world_size > 1:
+            barrier()
+
+    def _contents(self) -> checkpoints.Contents:
+        model = self.accelerator.unwrap_model(self.model)
+        trained = states.trained(model)
+        names = {id(tensor): name for name, tensor in trained.items()}
+        moments, numbers = states.optimizer_state(self.optimizer, names)
+        tensors = {f"trained/{name}": states.whole(tensor) for name, tensor in trained.items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in moments.items()}
+        randoms = []
+        for rank, state in enumerate(self._of_all(states.random_state())):
+            tensors |= {f"random/{rank}/{k}": v for k, v in state.items() if isinstance(v, Tensor)}
+            randoms.append({k: v for k, v in state.items() if not isinstance(v, Tensor)})
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        values = {"optimizer": numbers, "random": randoms, "scaler": scaler, "scheduler": self._schedule()}
+        return checkpoints.Contents(tensors, values)
+
+    def _schedule(self) -> dict[str, Any]:
+        state = self.lr_scheduler.state_dict()
+        return {key: value for key, value in state.items() if key != "lr_lambdas"}
+
+    def _of_all(self, value: Any) -> list[Any]:
+        if self.args.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.args.world_size
+        all_gather_object(gathered, value)
+        return gathered
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._resumed = checkpoints.read(Path(resume_from_checkpoint))
+        values = _below(self._resumed.tensors, "trained/")
+        target = self.accelerator.unwrap_model(self.model if model is None else model)
+        states.restore_trained(target, values, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._resumed is None:
+            return
+        names = {id(t): n for n, t in states.trained(self.accelerator.unwrap_model(self.model)).items()}
+        tensors, values = _below(self._resumed.tensors, "optimizer/"), self._resumed.values
+        states.restore_optimizer(self.optimizer, names, tensors, values["optimizer"])
+        self.lr_scheduler.load_state_dict(dict(values["scheduler"]))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self._resumed is not None and self._resumed.values["scaler"] and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self._resumed.values["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self._resumed is None:
+            return
+        rank, values = self.args.process_index, self._resumed.values["random"]
+        if rank < len(values):  # on more processes than before the newcomers start from the seed
+            states.restore_random({**values[rank], **_below(self._resumed.tensors, f"random/{rank}/")})
+
+    def restore(self, folder: Path) -> None:
+        """Give the model the trained tensors of a checkpoint."""
+        self._load_from_checkpoint(str(folder), self.model)
+
+
+def _below(tensors: Any, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
