@@ -34,7 +34,9 @@ class State:
         active: names whose modules run, in stacking order. A route, while one is set, takes their place.
         route: which adapter serves which sample or token, or None.
         merged: names folded into the base weights.
-        originals: (module name, parameter name) -> the base tensor as it was before merging.
+        before_merge: what was active before merging.
+        originals: (module name, parameter name) -> the base tensor before merging, and the shared parameter
+            it was split from, if it was.
         frozen: base parameter name -> requires_grad as found at the first attach.
         seated: dotted names of the modules that carry a seat.
         unreached: the next forward checks that the host came by every running site.
@@ -46,7 +48,8 @@ class State:
         self.active: tuple[str, ...] = ()
         self.route: Route | None = None
         self.merged: tuple[str, ...] = ()
-        self.originals: dict[tuple[str, str], Tensor] = {}
+        self.before_merge: tuple[str, ...] = ()
+        self.originals: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {}
         self.frozen: dict[str, bool] = {}
         self.seated: frozenset[str] = frozenset()
         self.unreached = False

@@ -1,0 +1,65 @@
+"""graftwork: an executable reference architecture for parameter-efficient fine-tuning.
+
+    import graftwork as gw
+
+    adapter = gw.attach(model, gw.LoRA(rank=8), name="fr")
+
+Names are found on first use, so importing graftwork costs little more than importing torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graftwork.adapters.convert import convert
+    from graftwork.adapters.store import load, save
+    from graftwork.anatomy.resolve import anatomy_of as anatomy
+    from graftwork.engine.adapter import Adapter
+    from graftwork.engine.attach import attach, detach
+    from graftwork.engine.merging import merge, unmerge
+    from graftwork.engine.verbs import active, adapters, route, trainable
+    from graftwork.reference.card import Card
+    from graftwork.reference.catalogue import make, register, techniques
+    from graftwork.reference.site import Site
+    from graftwork.reference.technique import Technique
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "graftwork.engine.adapter",
+    "Card": "graftwork.reference.card",
+    "Site": "graftwork.reference.site",
+    "Technique": "graftwork.reference.technique",
+    "active": "graftwork.engine.verbs",
+    "adapters": "graftwork.engine.verbs",
+    "attach": "graftwork.engine.attach",
+    "detach": "graftwork.engine.attach",
+    "make": "graftwork.reference.catalogue",
+    "merge": "graftwork.engine.merging",
+    "register": "graftwork.reference.catalogue",
+    "route": "graftwork.engine.verbs",
+    "techniques": "graftwork.reference.catalogue",
+    "trainable": "graftwork.engine.verbs",
+    "unmerge": "graftwork.engine.merging",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name.startswith("_"):
+        raise AttributeError(name)
+    from graftwork.reference.catalogue import techniques
+
+    for kind in techniques().values():
+        if kind.__name__ == name:
+            return kind
+    raise AttributeError(f"module 'graftwork' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    from graftwork.reference.catalogue import techniques
+
+    return sorted([*_HOMES, *(kind.__name__ for kind in techniques().values())])

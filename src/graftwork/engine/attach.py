@@ -1,0 +1,265 @@
+"""Attach and detach: resolve sites, build modules, then seat them; nothing is touched before everything is known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from graftwork.anatomy.resolve import head_sites, select_sites
+from graftwork.engine import attention, placing, recompute, sequence
+from graftwork.engine.adapter import Adapter, Placed, prefixes
+from graftwork.engine.modules import HiddenModule, PrefixModule, PromptModule, WeightModule
+from graftwork.engine.seat import Graft, seat_of
+from graftwork.engine.state import State
+from graftwork.engine.swap import check_leavable, leave_seat, no_inference, take_seat
+from graftwork.errors import BadOption, CardConflict, NothingMatches, PortUnavailable, StateError, UnknownName, nearest
+from graftwork.reference.catalogue import make
+from graftwork.reference.properties import Port
+from graftwork.reference.site import Kind, Site
+from graftwork.reference.technique import Technique
+
+_CONTRACTS: dict[Port, type[nn.Module]] = {
+    Port.WEIGHT: WeightModule,
+    Port.HIDDEN: HiddenModule,
+    Port.ATTENTION: PrefixModule,
+    Port.SEQUENCE: PromptModule,
+}
+_WRAPPERS = {
+    "DistributedDataParallel": "wrap the model in DistributedDataParallel after attach",
+    "FullyShardedDataParallel": "wrap the model in FSDP after attach",
+    "FSDPModule": "call fully_shard after attach",
+    "OptimizedModule": "attach first and compile then (or attach to the model below, `model._orig_mod`)",
+}
+
+
+@no_inference
+def attach(
+    model: nn.Module,
+    technique: Technique | Sequence[Technique],
+    *,
+    name: str = "default",
+    head: Literal["auto"] | bool = "auto",
+    verify: bool = True,
+) -> Adapter:
+    """Graft a technique (or several, as one adapter) onto a model; the base is frozen, its keys stay.
+
+    The new adapter becomes the active one and the one that trains; others stay attached, inactive and frozen.
+
+    Args:
+        model: any `nn.Module`; it stays the caller's object.
+        technique: what to graft, `LoRA(rank=8)`.
+        name: letters, digits, `_` and `-`.
+        head: train a copy of the task head with the adapter ("auto": when the model has a task head; True: it
+            must have one; False: the head stays frozen).
+        verify: check in the first forward that the host comes by every site, and in the first backward that every
+            trainable tensor gets a gradient.
+
+    Returns:
+        The adapter, with its sites, modules and tensors.
+
+    Raises:
+        NothingMatches: a workspace selects no module. PortUnavailable: the model cannot host the technique.
+        CardConflict: an override the port cannot honour. StateError: the model is wrapped, merged or attached
+            elsewhere.
+    """
+    techniques = (technique,) if isinstance(technique, Technique) else tuple(technique)
+    state = _state_for(model, name)
+    wanted = [(i, t, site) for i, t in enumerate(techniques) for site in _sites(model, t)]
+    techniques, wanted = _with_head(model, techniques, wanted, head)
+    built = _build(model, techniques, wanted, name)
+    adapter = Adapter(name, techniques, built)
+    _seat(model, state, adapter)
+    state.unreached, state.ungraded = verify, verify
+    return adapter
+
+
+def detach(model: nn.Module, *names: str) -> None:
+    """Take adapters off (all of them when none is named); the last one leaves the model exactly as it was."""
+    state = state_of(model)
+    going = names or tuple(state.adapters)
+    for name in going:
+        require(state, name)
+    if state.merged:
+        raise StateError(f"{', '.join(state.merged)} is merged into the base; unmerge before detach")
+    if set(going) == set(state.adapters):
+        _strip(model, state)
+        return
+    for name in going:
+        placing.remove(model, state, state.adapters[name])
+        state.adapters = {key: value for key, value in state.adapters.items() if key != name}
+    state.active = tuple(name for name in state.active if name in state.adapters)
+    state.route = None if state.route is not None and set(going) & set(state.route.names) else state.route
+
+
+def state_of(model: nn.Module) -> State:
+    """The state of an attached model; an error that tells what to do on any other."""
+    seat = seat_of(model)
+    if seat is None or not seat.root:
+        raise StateError(f"nothing is attached to this {type(model).__name__}; call graftwork.attach on it first")
+    return seat.state
+
+
+def require(state: State, name: str) -> Adapter:
+    """The adapter of that name."""
+    if name not in state.adapters:
+        raise UnknownName(f"no adapter is called {name!r}. {nearest(name, state.adapters)}")
+    return state.adapters[name]
+
+
+def _state_for(model: nn.Module, name: str) -> State:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
+        raise BadOption(f"an adapter's name has letters, digits, '_' and '-', not {name!r}")
+    for kind in type(model).__mro__:
+        if kind.__name__ in _WRAPPERS:
+            raise StateError(f"the model is wrapped in {kind.__name__}: {_WRAPPERS[kind.__name__]}")
+    for path, module in model.named_modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            raise StateError(f"{path} is sharded already: {_WRAPPERS['FSDPModule']}")
+    seat = seat_of(model)
+    if seat is None:
+        return State()
+    if not seat.root:
+        raise StateError("this module is part of an attached model; attach to that model instead")
+    if name in seat.state.adapters:
+        raise StateError(f"an adapter called {name!r} is attached already; detach it or choose another name")
+    return seat.state
+
+
+def _sites(model: nn.Module, technique: Technique) -> list[Site]:
+    card = technique.card
+    found = select_sites(model, card.workspaces, technique.layers, port=card.port)
+    sites = [site for site in (_with_host(model, site) for site in found) if technique.fits(site)]
+    if not sites:
+        raise NothingMatches(
+            f"{technique.name}: none of the {len(found)} sites at {', '.join(card.workspaces)} fits "
+            f"({', '.join(sorted({site.key for site in found})[:4])}, ...). Choose other workspaces"
+        )
+    for site in sites:
+        _check(model, technique, site)
+    return sites
+
+
+def _check(model: nn.Module, technique: Technique, site: Site) -> None:
+    port = technique.card.port
+    module = model.get_submodule(site.module)
+    if port is Port.HIDDEN and site.read_only:
+        raise PortUnavailable(
+            f"{technique.name}: {site.key} ({site.module}) is read by its owner and never called, so a hidden module "
+            "there would do nothing; use a weight-port technique, or the block's output"
+        )
+    if port is Port.ATTENTION:
+        attention.check(module, site)
+    if port is Port.SEQUENCE:
+        sequence.check(model, site)
+
+
+def _with_host(model: nn.Module, site: Site) -> Site:
+    """The site with access to the host's weight and bias, for techniques that start from them."""
+    if site.kind not in (Kind.LINEAR, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.PARAMETER):
+        return replace(site, matrix=placing.embedding_matrix(model, site))
+    return replace(site, matrix=placing.matrix(model, site), bias=placing.bias(model, site))
+
+
+def _with_head(
+    model: nn.Module,
+    techniques: tuple[Technique, ...],
+    wanted: list[tuple[int, Technique, Site]],
+    head: Literal["auto"] | bool,
+) -> tuple[tuple[Technique, ...], list[tuple[int, Technique, Site]]]:
+    if head is False:
+        return techniques, wanted
+    taken = {site.module for _, _, site in wanted}
+    sites = [_with_host(model, site) for site in head_sites(model) if site.module not in taken]
+    if not sites:
+        if head is True and not head_sites(model):
+            raise NothingMatches(f"head=True, but {type(model).__name__} has no task head to train")
+        return techniques, wanted
+    tuning = make("fine-tuning", {"workspaces": ["head"]})
+    return (*techniques, tuning), [*wanted, *((len(techniques), tuning, site) for site in sites)]
+
+
+def _build(
+    model: nn.Module, techniques: tuple[Technique, ...], wanted: list[tuple[int, Technique, Site]], name: str
+) -> tuple[Placed, ...]:
+    by_technique = [[site for i, _, site in wanted if i == number] for number in range(len(techniques))]
+    shared = [t.shared(sites) for t, sites in zip(techniques, by_technique, strict=True)]
+    names = prefixes([(technique.name, site.key) for _, technique, site in wanted])
+    placed = []
+    for (index, technique, site), prefix in zip(wanted, names, strict=True):
+        module = _module(technique, site, shared[index])
+        lean = replace(site, matrix=None, bias=None)
+        graft = Graft(name, technique.name, lean, technique.card, module)
+        placed.append(Placed(index, lean, technique.card.port, graft, prefix))
+    return tuple(placed)
+
+
+def _module(technique: Technique, site: Site, shared: nn.Module | None) -> nn.Module:
+    with torch.device(site.device):
+        module = technique.build(site)
+    contract = _CONTRACTS[technique.card.port]
+    if not isinstance(module, contract):
+        raise CardConflict(
+            f"{technique.name}: its card works at the {technique.card.port.value} port, whose modules are "
+            f"{contract.__name__}s, but build() made a {type(module).__name__}"
+        )
+    if shared is not None:
+        module.adopt(shared)  # type: ignore[operator]
+    dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
+    return module.to(device=site.device, dtype=dtype)
+
+
+def _seat(model: nn.Module, state: State, adapter: Adapter) -> None:
+    first = not state.adapters
+    if first:
+        state.frozen = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+    try:
+        root = take_seat(model, state, "")
+        root.root = True
+        if first:
+            for path, module in model.named_modules():
+                if recompute.checkpoints(module):
+                    take_seat(module, state, path)
+        for place in adapter.placed:
+            placing.put(model, state, place)
+    except Exception:
+        placing.remove(model, state, adapter)
+        if first:
+            _strip(model, state)
+        raise
+    if first:
+        _freeze_base(model)
+    for other in state.adapters.values():
+        for parameter in other.parameters():
+            parameter.requires_grad_(False)
+    state.adapters = {**state.adapters, adapter.name: adapter}
+    state.active = (adapter.name,)
+
+
+def _freeze_base(model: nn.Module) -> None:
+    for key, parameter in model.named_parameters():
+        if not placing.is_adapter_name(key):
+            parameter.requires_grad_(False)
+
+
+def _strip(model: nn.Module, state: State) -> None:
+    """Take every trace of graftwork off a model."""
+    paths = sorted(state.seated, key=lambda path: path.count("."), reverse=True)
+    present = [(path, placing.submodule(model, path)) for path in paths]
+    for path, module in present:
+        if module is not None and seat_of(module) is not None:
+            check_leavable(module, path)
+    for adapter in state.adapters.values():
+        placing.remove(model, state, adapter)
+    for path, module in present:
+        if module is not None:
+            leave_seat(module, path)
+    for key, parameter in model.named_parameters():
+        if key in state.frozen:
+            parameter.requires_grad_(state.frozen[key])
+    state.adapters, state.active, state.route = {}, (), None
+

@@ -1,0 +1,100 @@
+"""The verbs on an attached model. Three sets are kept apart (attached, active, trainable); a verb changes one.
+
+Each setting verb works as a statement, and as a context manager that restores exactly what it found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+
+from torch import Tensor, nn
+
+from graftwork.engine.adapter import Adapter
+from graftwork.engine.attach import require, state_of
+from graftwork.engine.route import Route
+from graftwork.engine.seat import seat_of
+from graftwork.errors import RouteError, StateError
+
+
+class Restore:
+    """What a setting verb returns: leaving the `with` block puts back what was there before."""
+
+    def __init__(self, undo: Callable[[], None]) -> None:
+        self._undo = undo
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo()
+
+
+def adapters(model: nn.Module) -> Mapping[str, Adapter]:
+    """Name -> adapter, in the order of attachment; empty on a model that nothing is attached to."""
+    seat = seat_of(model)
+    return dict(seat.state.adapters) if seat is not None and seat.root else {}
+
+
+def active(model: nn.Module, *names: str) -> Restore:
+    """Run these adapters, stacked in this order (none: the bare base). Costs one assignment."""
+    state = state_of(model)
+    for name in names:
+        require(state, name)
+        if name in state.merged:
+            raise StateError(f"{name!r} is merged into the base and would count twice; unmerge first")
+    if state.route is not None:
+        raise StateError("a route is set and decides which adapters run; end it first (graftwork.route(model, None))")
+    before, state.active = state.active, tuple(names)
+
+    def undo() -> None:
+        state.active = before
+
+    return Restore(undo)
+
+
+def trainable(model: nn.Module, *names: str) -> Restore:
+    """Train exactly these adapters (none: all are frozen)."""
+    state = state_of(model)
+    wanted = {name: require(state, name) for name in names}
+    before = {id(p): p.requires_grad for adapter in state.adapters.values() for p in adapter.parameters()}
+    for name, adapter in state.adapters.items():
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(name in wanted)
+    checked, state.ungraded = state.ungraded, bool(wanted)
+
+    def undo() -> None:
+        state.ungraded = checked
+        for adapter in state.adapters.values():
+            for parameter in adapter.parameters():
+                parameter.requires_grad_(before.get(id(parameter), parameter.requires_grad))
+
+    return Restore(undo)
+
+
+def route(model: nn.Module, names: Sequence[str] | None, index: Tensor | None = None) -> Restore:
+    """Serve each sample (B,) or token (B, T) of the next batches by its own adapter; -1 is the bare base.
+
+    Args:
+        names: the adapters that `index` points into; None ends the route.
+        index: integer tensor, moved to the model's device.
+    """
+    state = state_of(model)
+    if (names is None) != (index is None):
+        raise RouteError("a route needs names and an index; route(model, None) ends it")
+    new = None
+    if names is not None and index is not None:
+        for name in names:
+            require(state, name)
+            if name in state.merged:
+                raise StateError(f"{name!r} is merged into the base and cannot be routed; unmerge first")
+        parameter = next(model.parameters(), None)
+        new = Route(names, index if parameter is None or parameter.is_meta else index.to(parameter.device))
+    before, state.route = state.route, new
+
+    def undo() -> None:
+        state.route = before
+
+    return Restore(undo)
