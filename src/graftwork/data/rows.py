@@ -77,8 +77,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Splits:
-    """What a run trains on, chooses by, and reports. `test` may be absent."""
+    """What a run trains on, chooses by, and reports. Validation and test may be absent."""
 
     train: Rows
-    validation: Rows
+    validation: Rows | None = None
     test: Rows | None = None
