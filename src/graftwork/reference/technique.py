@@ -110,7 +110,7 @@ class Technique:
         raise NotImplementedError
 
     def fits(self, site: Site) -> bool:
-        """Whether a module can be built at a selected site; the others are left out, none left is an error."""
+        """Whether a module can be built at a selected site; others are left out, none left is an error."""
         return True
 
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
@@ -140,8 +140,8 @@ class Technique:
         old, new = self.published, card
         if new.port is not old.port:
             raise CardConflict(
-                f"{self.name}: integration={new.integration.value} would move it from the {old.port.value} port "
-                f"to the {new.port.value} port, which its module does not speak"
+                f"{self.name}: integration={new.integration.value} would move it from the {old.port.value} "
+                f"port to the {new.port.value} port, which its module does not speak"
             )
         moved = (new.insertion, new.integration) != (old.insertion, old.integration)
         if old.port is not Port.HIDDEN and moved:
@@ -199,7 +199,7 @@ def check_options(technique: Technique) -> None:
 
 
 def _plain(hint: Any, value: Any, where: str) -> Any:
-    """The value as its field holds it: a list as a tuple, a lone name as a tuple of one, a text as a member."""
+    """The value as its field holds it: a list as a tuple, a lone name as a tuple of one, text as a member."""
     kinds = _alternatives(hint)
     if isinstance(value, list):
         return tuple(value)

@@ -1,10 +1,10 @@
 """LoRA: a low-rank update beside a frozen matrix (Hu et al. 2021, arXiv:2106.09685).
 
-The host answers W x; LoRA adds s B A drop(x) with s = alpha / rank, or alpha / sqrt(rank) when rank-stabilised
-(Kalajdzievski 2023, arXiv:2312.03732). B (`up`) starts at zero, so attaching changes no output; A (`down`) is
-Kaiming-uniform with a = sqrt 5, that is uniform in +-1/sqrt(in). For an embedding the roles swap: A starts at zero
-and B is normal. `up_rate` multiplies the learning rate of B (LoRA+, Hayou et al. 2024, arXiv:2402.12354; they
-suggest about 16).
+The host answers W x; LoRA adds s B A drop(x) with s = alpha / rank, or alpha / sqrt(rank) when
+rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732). B (`up`) starts at zero, so attaching changes no
+output; A (`down`) is Kaiming-uniform with a = sqrt 5, that is uniform in +-1/sqrt(in). For an embedding the
+roles swap: A starts at zero and B is normal. `up_rate` multiplies the learning rate of B (LoRA+, Hayou et al.
+2024, arXiv:2402.12354; they suggest about 16).
 """
 
 from __future__ import annotations
