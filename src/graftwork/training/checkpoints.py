@@ -1,9 +1,9 @@
 """Checkpoint folders that are whole or absent: written beside, flushed, renamed; removed by renaming first.
 
-    checkpoint-40/
-      state.safetensors    trained tensors, optimiser state, random states of each process
-      state.json           scheduler, groups, random states that are no tensors
-      trainer_state.json   step, epoch, history
+checkpoint-40/
+  state.safetensors    trained tensors, optimiser state, random states of each process
+  state.json           scheduler, groups, random states that are no tensors
+  trainer_state.json   step, epoch, history
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from graftwork.adapters.disk import flush_folder
 from graftwork.errors import BadFile
 
 _WHOLE = re.compile(r"checkpoint-(\d+)")
@@ -36,7 +37,7 @@ class Contents:
 
 
 def write(run: Path, step: int, contents: Contents, write_trainer: Callable[[Path], None]) -> Path:
-    """Make `checkpoint-STEP`; a kill at any moment leaves either all of it or a leftover that is never read."""
+    """Make `checkpoint-STEP`; a kill leaves either all of it or a leftover that is never read."""
     beside = run / f"checkpoint-{step}{_WRITING}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -48,7 +49,7 @@ def write(run: Path, step: int, contents: Contents, write_trainer: Callable[[Pat
     whole = run / f"checkpoint-{step}"
     remove([whole])
     beside.rename(whole)
-    _flush(run)
+    flush_folder(run)
     return whole
 
 
@@ -59,7 +60,7 @@ def read(folder: Path) -> Contents:
         return Contents(load_file(folder / TENSORS), values)
     except Exception as error:
         raise BadFile(
-            f"the checkpoint {folder} is damaged ({error}). Remove that folder; the run then goes on from the "
+            f"the checkpoint {folder} is damaged ({error}). Remove that folder, and the run goes on from the "
             "checkpoint before it, or from the start"
         ) from error
 
@@ -97,11 +98,6 @@ def sweep(run: Path) -> None:
             shutil.rmtree(folder)
 
 
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _flush(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())

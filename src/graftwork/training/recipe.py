@@ -12,7 +12,7 @@ Paths are relative to the working directory. `model: minilm` or `technique: lora
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +29,7 @@ from pydantic import (
 from graftwork.errors import BadRecipe, GraftworkError
 from graftwork.reference.catalogue import make
 from graftwork.reference.technique import Technique
+from graftwork.tasks.registry import make_task
 from graftwork.training import yaml
 from graftwork.training.overrides import override
 from graftwork.training.problems import describe
@@ -63,52 +64,65 @@ class Model(Section):
     quantised: Literal["none", "8bit", "4bit"] = "none"
 
 
-class TechniqueSpec(BaseModel):
-    """A technique by name, its options beside the name; the technique itself checks each."""
+class Named(BaseModel):
+    """Something by name, with its options beside the name; what it names checks each of them."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
     name: str
 
-    def build(self) -> Technique:
-        """The technique that this spells; raises UnknownName or BadOption."""
-        return make(self.name, self.model_extra)
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.model_extra or {}
 
 
-def _checked(spec: TechniqueSpec) -> TechniqueSpec:
-    try:
-        spec.build()
-    except GraftworkError as error:
-        raise ValueError(str(error)) from None
-    return spec
+def _checked(check: Callable[[str, Mapping[str, Any]], object]) -> AfterValidator:
+    """Let `check` look at name and options; what it raises becomes a finding of pydantic's."""
 
+    def look(spec: Named) -> Named:
+        try:
+            check(spec.name, spec.options)
+        except GraftworkError as error:
+            raise ValueError(str(error)) from None
+        return spec
 
-OneTechnique = Annotated[TechniqueSpec, BeforeValidator(_named), AfterValidator(_checked)]
+    return AfterValidator(look)
 
 
 def _listed(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-class TaskSpec(Section):
-    """What is learnt. `columns`: role -> column of the data (`text: sentence`); `options`: the task's own."""
+OneTechnique = Annotated[Named, BeforeValidator(_named), _checked(make)]
+OneTask = Annotated[Named, BeforeValidator(_named), _checked(make_task)]
 
-    name: str
-    columns: dict[str, str] = {}
-    options: dict[str, Any] = {}
+
+class FileLayout(Section):
+    """How files are laid out, where their suffix does not say; as in `graftwork.data.tables.Layout`."""
+
+    header: bool = True
+    delimiter: str | None = None
+    quoted: bool | None = None
+    paragraphs: bool = False
 
 
 class Data(Section):
     """Paths, embedded names (`docstrings:subjects`) or hub names.
 
-    Without `validation`, the share `hold_out` of the training rows is kept aside.
-    `limit` takes at most so many rows of each split.
+    Args:
+        train, validation, test: a part not named comes from the source of `train` where that has parts.
+        columns: role -> column of the source (or its number): `{text: sentence, label: 1}`.
+        layout: of csv, tsv and text files.
+        hold_out: share of the training rows kept aside where there are no validation rows.
+        limit: at most so many rows of each part.
     """
 
     train: str
     validation: str | None = None
     test: str | None = None
-    hold_out: Share = 0.1
+    columns: dict[str, str | int] | None = None
+    layout: FileLayout = FileLayout()
+    hold_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     limit: Annotated[int, Field(ge=1)] | None = None
 
 
@@ -165,7 +179,7 @@ class Recipe(Section):
 
     model: Annotated[Model, BeforeValidator(_named)]
     technique: Annotated[list[OneTechnique], BeforeValidator(_listed), Field(min_length=1)]
-    task: Annotated[TaskSpec, BeforeValidator(_named)]
+    task: OneTask
     data: Data
     training: Training = Training()
     output: str
@@ -186,7 +200,7 @@ class Recipe(Section):
 
     def techniques(self) -> list[Technique]:
         """What to attach, in order."""
-        return [spec.build() for spec in self.technique]
+        return [make(spec.name, spec.options) for spec in self.technique]
 
     def resolved(self) -> dict[str, Any]:
         """Plain values, defaults filled in; `Recipe.of` of them is this recipe again."""

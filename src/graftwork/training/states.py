@@ -1,7 +1,7 @@
 """What a checkpoint must carry, as plain tensors and JSON values, and putting it back.
 
-Tensors of a sharded model are gathered on reading and cut again on writing, so a run may be resumed on another number
-of processes.
+Tensors of a sharded model are gathered on reading and cut again on writing, so a run may be resumed on another
+number of processes.
 """
 
 from __future__ import annotations
@@ -91,7 +91,11 @@ def random_state() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
-        "numpy": [name, [int(k) for k in keys], *[float(r) if i == 2 else int(r) for i, r in enumerate(rest)]],
+        "numpy": [
+            name,
+            [int(k) for k in keys],
+            *[float(r) if i == 2 else int(r) for i, r in enumerate(rest)],
+        ],
         "cpu": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -22,12 +22,12 @@ Batch = dict[str, Any]
 class Trainer(transformers.Trainer):
     """Differences from transformers' own:
 
-    - A checkpoint holds trained tensors, optimiser, scheduler and random states, nothing of the frozen base; it is
-      whole or absent (`checkpoints.py`).
+    - A checkpoint holds trained tensors, optimiser, scheduler and random states, nothing of the frozen base; it
+      is whole or absent (`checkpoints.py`).
     - The loss of a slice of a batch counts by its share of the counted labels, over accumulation slices and
       processes alike, so that neither changes the gradient.
-    - The state of the best evaluation is always checkpointed; training stops after `patience` evaluations without
-      a better one.
+    - The state of the best evaluation is always checkpointed; training stops after `patience` evaluations
+      without a better one.
     - Running statistics of the frozen base (batch norm) stay as they are.
     """
 
@@ -41,7 +41,9 @@ class Trainer(transformers.Trainer):
     ) -> None:
         super().__init__(**options)
         self._task, self._groups, self._patience = task, groups, patience
-        self._frozen_statistics = [m for m in self.model.modules() if getattr(m, "track_running_stats", False)]
+        self._frozen_statistics = [
+            m for m in self.model.modules() if getattr(m, "track_running_stats", False)
+        ]
         self._resumed: checkpoints.Contents | None = None
 
     # The loss
@@ -92,7 +94,11 @@ class Trainer(transformers.Trainer):
     # Evaluation
 
     def prediction_step(
-        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         loss, logits, labels = super().prediction_step(
             model, inputs, prediction_loss_only or self._task.generates, ignore_keys
@@ -110,15 +116,15 @@ class Trainer(transformers.Trainer):
         if better:
             self.state.best_global_step = self.state.global_step
             self.control.should_save = True
-        if self._patience is not None and self.stale() >= self._patience:
-            self.control.should_training_stop = True
+        self.control.should_training_stop = self.control.should_training_stop or self.out_of_patience()
         return better
 
-    def stale(self) -> int:
-        """Evaluations since the best one."""
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations brought nothing better, by the history in the state."""
         key = f"eval_{self._task.best_metric}"
         steps = {entry["step"] for entry in self.state.log_history if key in entry}
-        return sum(step > (self.state.best_global_step or 0) for step in steps)
+        stale = sum(step > (self.state.best_global_step or 0) for step in steps)
+        return self._patience is not None and stale >= self._patience
 
     # Checkpoints
 
@@ -178,7 +184,11 @@ class Trainer(transformers.Trainer):
         self.lr_scheduler.load_state_dict(dict(values["scheduler"]))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if self._resumed is not None and self._resumed.values["scaler"] and self.accelerator.scaler is not None:
+        if (
+            self._resumed is not None
+            and self._resumed.values["scaler"]
+            and self.accelerator.scaler is not None
+        ):
             self.accelerator.scaler.load_state_dict(self._resumed.values["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -1,0 +1,74 @@
+"""What a recipe names, made: rows, task, base model, encoded examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftwork.data.rows import Splits
+from graftwork.data.splits import read_splits
+from graftwork.data.tables import Layout
+from graftwork.models.loading import load_base
+from graftwork.tasks.base import Encoded, Task
+from graftwork.tasks.registry import make_task
+from graftwork.training.recipe import Data, Model, Recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Everything a run works on.
+
+    Attributes:
+        task: fitted to the training rows, so it knows its labels.
+        model: the base, with the task's head.
+        preprocessor: tokenizer or image processor.
+        splits: name -> encoded examples: train, validation, and test where there is one.
+    """
+
+    task: Task
+    model: nn.Module
+    preprocessor: Any
+    splits: dict[str, Encoded]
+
+
+def prepare(recipe: Recipe) -> Materials:
+    """Read the data, load the base, encode."""
+    rows = read(recipe.data, recipe.training.seed)
+    task = make_task(recipe.task.name, recipe.task.options).fit(rows.train)
+    model, preprocessor = base(recipe.model, task)
+    splits = {
+        name: task.encode(part, preprocessor, training=name == "train")
+        for name, part in (("train", rows.train), ("validation", rows.validation), ("test", rows.test))
+        if part is not None
+    }
+    return Materials(task, model, preprocessor, splits)
+
+
+def read(data: Data, seed: int) -> Splits:
+    """The rows of each part."""
+    return read_splits(
+        data.train,
+        validation=data.validation,
+        test=data.test,
+        hold_out=data.hold_out,
+        seed=seed,
+        limit=data.limit,
+        columns=data.columns,
+        layout=Layout(**data.layout.model_dump()),
+    )
+
+
+def base(model: Model, task: Task) -> tuple[nn.Module, Any]:
+    """The host and its preprocessor."""
+    return load_base(
+        model.name,
+        task=task.name,
+        labels=task.labels or task.outputs,
+        dtype=DTYPES[model.dtype],
+        quantised=None if model.quantised == "none" else model.quantised,
+    )

@@ -1,0 +1,207 @@
+"""`tune(recipe)`: from a recipe to a run folder."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import set_seed
+from transformers.trainer_callback import TrainerState
+
+from graftwork.adapters.disk import save
+from graftwork.engine.adapter import Adapter
+from graftwork.engine.attach import attach
+from graftwork.training import checkpoints, states
+from graftwork.training.arguments import training_arguments
+from graftwork.training.curves import draw
+from graftwork.training.folder import RunFolder, open_run
+from graftwork.training.groups import grouped
+from graftwork.training.journal import Journal, Recorder, Watch
+from graftwork.training.materials import Materials, base, prepare
+from graftwork.training.memory import peak_bytes, reset_peak
+from graftwork.training.processes import by_first
+from graftwork.training.recipe import Recipe
+from graftwork.training.result import RunResult, card, versions
+from graftwork.training.trainer import Trainer
+
+NAME = "default"
+
+
+def tune(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, watch: Watch | None = None
+) -> RunResult:
+    """Train the adapter that a recipe describes.
+
+    An interrupted run of the same recipe in the same folder goes on where it was.
+
+    Args:
+        recipe: what to do.
+        resume: give back the result of a finished run instead of refusing to overwrite it.
+        overwrite: delete what an earlier run left in the output folder.
+        watch: called with each metrics record and the total number of steps.
+    """
+    folder = RunFolder(Path(recipe.output))
+    if resume and folder.finished:
+        return RunResult.of(folder.facts(), str(folder.result))
+    checkpoint = by_first(lambda: open_run(recipe, overwrite=overwrite))
+    set_seed(recipe.training.seed)
+    materials = prepare(recipe)
+    adapter = attach(materials.model, recipe.techniques(), name=NAME)
+    return _Run(recipe, folder, materials, adapter, watch).go(checkpoint)
+
+
+@dataclass
+class _Run:
+    recipe: Recipe
+    folder: RunFolder
+    materials: Materials
+    adapter: Adapter
+    watch: Watch | None
+
+    def go(self, checkpoint: Path | None) -> RunResult:
+        processes = PartialState()
+        journal = Journal(self.folder.metrics, writes=processes.is_main_process)
+        before = journal.cut(checkpoints.step_of(checkpoint) if checkpoint else 0)
+        recorder = Recorder(journal, before, self.watch)
+        facts = self._facts()
+        trainer = self._trainer(recorder)
+        reset_peak()
+        self._train(trainer, checkpoint)
+        measured = {
+            "peak_bytes": peak_bytes(),
+            "seconds_per_step": recorder.seconds_per_step,
+            "seconds": recorder.seconds,
+        }
+        trainer.remove_callback(recorder)
+        kept = self._keep(trainer)
+        scores = self._scores(trainer)
+        file_bytes = self._save(trainer)
+        outcome = {
+            "scores": scores,
+            "file_bytes": file_bytes,
+            "kept_step": kept,
+            "steps": trainer.state.global_step,
+            "stopped_early": trainer.state.global_step < trainer.state.max_steps,
+        }
+        result = RunResult.of({**facts, **measured, **outcome}, self.recipe.output)
+        by_first(lambda: self._write(result, journal))
+        return result
+
+    def _trainer(self, recorder: Recorder) -> Trainer:
+        materials, training = self.materials, self.recipe.training
+        arguments = training_arguments(
+            training, materials.task, self.folder.path, PartialState().num_processes
+        )
+        return make_trainer(
+            materials,
+            args=arguments,
+            patience=training.patience,
+            groups=lambda model: grouped(model, factors(self.adapter, model), training.weight_decay),
+            callbacks=[recorder],
+        )
+
+    def _train(self, trainer: Trainer, checkpoint: Path | None) -> None:
+        if checkpoint is None:
+            trainer.train()
+            return
+        state = TrainerState.load_from_json(str(checkpoint / checkpoints.TRAINER))
+        trainer.state = state
+        if state.global_step >= state.max_steps or trainer.out_of_patience():
+            trainer.restore(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+
+    def _keep(self, trainer: Trainer) -> int:
+        """Go back to the best state if that is what the recipe keeps; returns the step of what is kept."""
+        best = trainer.state.best_global_step
+        if self.recipe.training.keep == "last" or not best:
+            return trainer.state.global_step
+        if best != trainer.state.global_step:
+            trainer.restore(self.folder.path / f"checkpoint-{best}")
+        return best
+
+    def _scores(self, trainer: Trainer) -> dict[str, dict[str, float]]:
+        splits = {name: part for name, part in self.materials.splits.items() if name != "train"}
+        return {name: scores_on(trainer, part) for name, part in splits.items()}
+
+    def _save(self, trainer: Trainer) -> int:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        tensors = {name: states.whole(tensor) for name, tensor in states.trained(model).items()}
+        return by_first(lambda: self._write_adapter(model, tensors))
+
+    def _write_adapter(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> int:
+        """Save from a whole model: a sharded one is made anew, on the CPU, with the tensors gathered."""
+        if self.recipe.training.sharding != "none":
+            set_seed(self.recipe.training.seed)
+            model, _ = base(self.recipe.model, self.materials.task)
+            attach(model, self.recipe.techniques(), name=NAME)
+            states.restore_trained(model, tensors, "the sharded model")
+        save(model, self.folder.adapter, name=NAME)
+        return sum(file.stat().st_size for file in self.folder.adapter.iterdir())
+
+    def _facts(self) -> dict[str, Any]:
+        recipe, materials = self.recipe, self.materials
+        own = {id(parameter) for parameter in self.adapter.parameters()}
+        return {
+            "output": recipe.output,
+            "model": recipe.model.name,
+            "task": recipe.task.name,
+            "techniques": tuple(repr(technique) for technique in self.adapter.techniques),
+            "labels": materials.task.labels,
+            "examples": {name: len(part) for name, part in materials.splits.items()},
+            "best_metric": materials.task.best_metric,
+            "trainable": self.adapter.count(),
+            "parameters": sum(p.numel() for p in materials.model.parameters() if id(p) not in own),
+            "flops_per_step": None,
+            "peak_of": "accelerator" if torch.cuda.is_available() else "process",
+            "processes": PartialState().num_processes,
+            "seed": recipe.training.seed,
+            "command": shlex.join(["graftwork", *sys.argv[1:]]),
+            "versions": versions(),
+        }
+
+    def _write(self, result: RunResult, journal: Journal) -> None:
+        draw(journal.records(), result.best_metric, result.kept_step, self.folder.curves)
+        self.folder.write(self.folder.card, card(result))
+        self.folder.write(self.folder.result, result.text())
+        checkpoints.remove(checkpoints.whole(self.folder.path))
+
+
+def make_trainer(materials: Materials, **options: Any) -> Trainer:
+    """A trainer that scores by the task's own metrics."""
+    task, preprocessor = materials.task, materials.preprocessor
+    return Trainer(
+        task=task,
+        model=materials.model,
+        data_collator=task.collator(preprocessor),
+        train_dataset=materials.splits.get("train"),
+        eval_dataset=materials.splits.get("validation"),
+        compute_metrics=lambda found: task.metrics(found.predictions, found.label_ids, preprocessor),
+        preprocess_logits_for_metrics=None if task.generates else task.preprocess_logits,
+        **options,
+    )
+
+
+def scores_on(trainer: Trainer, examples: Any) -> dict[str, float]:
+    """Loss and the task's metrics on encoded examples."""
+    found = trainer.evaluate(examples, metric_key_prefix="final")
+    scores = {key.removeprefix("final_"): value for key, value in found.items() if key.startswith("final_")}
+    return {key: value for key, value in scores.items() if not key.endswith(("runtime", "_per_second"))}
+
+
+def factors(adapter: Adapter, model: nn.Module) -> Callable[[str], float]:
+    """Learning-rate factor of a parameter by its name in the model; 1 where its technique says nothing."""
+    by_tensor: dict[int, float] = {}
+    for place in adapter.placed:
+        rates = adapter.techniques[place.index].learning_rates()
+        for name, parameter in place.graft.module.named_parameters():
+            by_tensor[id(parameter)] = rates.get(name.rpartition(".")[2], 1.0)
+    named = {name: by_tensor.get(id(parameter), 1.0) for name, parameter in model.named_parameters()}
+    return lambda name: named[name]
