@@ -42,7 +42,6 @@ def training_arguments(training: Training, task: Task, folder: Path, processes: 
         logging_nan_inf_filter=False,
         metric_for_best_model=None if training.evaluate_every == "never" else task.best_metric,
         greater_is_better=task.greater_is_better,
-        restore_callback_states_from_checkpoint=True,
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),

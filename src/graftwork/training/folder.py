@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graftwork.adapters.disk import write_atomically
 from graftwork.errors import BadFile, StateError
 from graftwork.training import checkpoints, yaml
+from graftwork.training.journal import write_text
 from graftwork.training.recipe import Recipe
 
 
@@ -64,7 +64,7 @@ class RunFolder:
 
     def write(self, file: Path, text: str) -> None:
         """Write a file whole or not at all."""
-        write_atomically(file, lambda out: print(text, end="", file=TextIOWrapper(out)))
+        write_text(file, text)
 
 
 def open_run(recipe: Recipe, *, overwrite: bool) -> Path | None:

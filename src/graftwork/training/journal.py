@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, BinaryIO
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -42,7 +42,7 @@ class Journal:
         kept = [record for record in self.records() if record["step"] <= step]
         if self._writes:
             text = "".join(_line(record) for record in kept)
-            write_atomically(self.path, lambda out: out.write(text.encode()))
+            write_text(self.path, text)
         return max((record["seconds"] for record in kept), default=0.0)
 
     def add(self, record: Record) -> None:
@@ -54,6 +54,15 @@ class Journal:
 
 def _line(record: Record) -> str:
     return json.dumps(dict(record)) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Give a file this content, in one step."""
+
+    def write(out: BinaryIO) -> None:
+        out.write(text.encode())
+
+    write_atomically(path, write)
 
 
 class Recorder(TrainerCallback):

@@ -1,6 +1,6 @@
 """What a checkpoint must carry, as plain tensors and JSON values, and putting it back.
 
-Tensors of a sharded model are gathered on reading and cut again on writing, so a run may be resumed on another
+Tensors of a sharded model are gathered on reading and cut again on writing, so a run can go on with another
 number of processes.
 """
 
@@ -88,7 +88,7 @@ def restore_optimizer(
 def random_state() -> dict[str, Any]:
     """Python's, numpy's and torch's generators as JSON values and byte tensors."""
     version, words, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
         "numpy": [

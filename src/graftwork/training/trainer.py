@@ -10,7 +10,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.distributed import all_gather_object, barrier
-from transformers.trainer_callback import ExportableState
 
 from graftwork.tasks.base import IGNORED, Task
 from graftwork.training import checkpoints, states
@@ -22,8 +21,8 @@ Batch = dict[str, Any]
 class Trainer(transformers.Trainer):
     """Differences from transformers' own:
 
-    - A checkpoint holds trained tensors, optimiser, scheduler and random states, nothing of the frozen base; it
-      is whole or absent (`checkpoints.py`).
+    - A checkpoint holds trained tensors, optimiser, scheduler and random states, nothing of the base; it is
+      whole or absent (`checkpoints.py`).
     - The loss of a slice of a batch counts by its share of the counted labels, over accumulation slices and
       processes alike, so that neither changes the gradient.
     - The state of the best evaluation is always checkpointed; training stops after `patience` evaluations
@@ -40,6 +39,8 @@ class Trainer(transformers.Trainer):
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.model: Any
+        self.lr_scheduler: Any
         self._task, self._groups, self._patience = task, groups, patience
         self._frozen_statistics = [
             m for m in self.model.modules() if getattr(m, "track_running_stats", False)
@@ -130,13 +131,10 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         contents = self._contents()
-        run, step = Path(self.args.output_dir), self.state.global_step
+        run, step = Path(str(self.args.output_dir)), self.state.global_step
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(run / f"checkpoint-{self.state.best_global_step}")
         if self.args.should_save:
-            for part in [*self.callback_handler.callbacks, self.control]:
-                if isinstance(part, ExportableState):
-                    self.state.stateful_callbacks[type(part).__name__] = part.state()
             newest = checkpoints.write(run, step, contents, lambda file: self.state.save_to_json(str(file)))
             keep = {newest, Path(self.state.best_model_checkpoint or newest)}
             checkpoints.remove(folder for folder in checkpoints.whole(run) if folder not in keep)
