@@ -153,6 +153,6 @@ def _offline() -> bool:
 
 def _unreachable(name: str, reason: str) -> BadData:
     return BadData(
-        f"{name!r} is no file, no folder, no embedded data set ({nearest(name, embedded.SETS)}), and as a hub "
-        f"name it cannot be read: {reason[:300]}"
+        f"{name!r} is no file, no folder, no embedded data set ({nearest(name, embedded.SETS)}), and "
+        f"as a hub name it cannot be read: {reason[:300]}"
     )
