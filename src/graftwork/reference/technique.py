@@ -30,8 +30,11 @@ class AtLeast:
 
     low: float
 
+    def __str__(self) -> str:
+        return f"at least {self.low:g}"
+
     def check(self, value: float) -> str | None:
-        return None if value >= self.low else f"must be at least {self.low:g}"
+        return None if value >= self.low else f"must be {self}"
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,11 @@ class Above:
 
     low: float
 
+    def __str__(self) -> str:
+        return f"above {self.low:g}"
+
     def check(self, value: float) -> str | None:
-        return None if value > self.low else f"must be above {self.low:g}"
+        return None if value > self.low else f"must be {self}"
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,12 @@ class Between:
     high: float
     closed: bool = False
 
+    def __str__(self) -> str:
+        return f"in [{self.low:g}, {self.high:g}{']' if self.closed else ')'}"
+
     def check(self, value: float) -> str | None:
         inside = self.low <= value and (value <= self.high if self.closed else value < self.high)
-        return None if inside else f"must lie in [{self.low:g}, {self.high:g}{']' if self.closed else ')'}"
+        return None if inside else f"must lie {self}"
 
 
 @dataclass(frozen=True, kw_only=True)

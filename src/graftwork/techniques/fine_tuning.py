@@ -2,7 +2,7 @@
 
 Each chosen weight W and bias b is replaced by a trained copy that starts equal, so attaching changes no
 output; the host keeps its own. On top of other adapters, what the copy differs from the host is added.
-`workspaces` and `layers` make it partial fine-tuning. The copies are fp32 whatever the host's precision.
+`workspaces` and `layers` make it partial fine-tuning. The copies are fp32 beside a host of lower precision.
 """
 
 from __future__ import annotations
@@ -80,4 +80,6 @@ def _copy(site: Site, shape: tuple[int, ...], read: Callable[[], Tensor] | None)
     if read is None:
         raise PortUnavailable(f"{site.key} ({site.module}) cannot be read, so no copy of it can be trained")
     values = torch.empty(shape)
-    return nn.Parameter(values if values.is_meta else values.copy_(read().reshape(shape)))
+    return nn.Parameter(
+        values if values.is_meta else read().reshape(shape).clone(memory_format=torch.contiguous_format)
+    )
