@@ -11,7 +11,7 @@ from torch import nn
 from graftwork.data.rows import Splits
 from graftwork.data.splits import read_splits
 from graftwork.data.tables import Layout
-from graftwork.models.loading import load_base
+from graftwork.models.base import load_base
 from graftwork.tasks.base import Encoded, Task
 from graftwork.tasks.registry import make_task
 from graftwork.training.recipe import Data, Model, Recipe
@@ -70,5 +70,4 @@ def base(model: Model, task: Task) -> tuple[nn.Module, Any]:
         task=task.name,
         labels=task.labels or task.outputs,
         dtype=DTYPES[model.dtype],
-        quantised=None if model.quantised == "none" else model.quantised,
     )

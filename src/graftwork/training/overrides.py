@@ -57,5 +57,6 @@ def _opened(value: Any, path: str, assignment: str) -> Any:
 
 def _index(place: list[Any], part: str, assignment: str) -> int:
     if not part.isdigit() or int(part) >= len(place):
-        raise BadRecipe(f"override {assignment!r}: {part!r} is no position of {len(place)} (0, 1, ...)")
+        known = ", ".join(str(number) for number in range(len(place)))
+        raise BadRecipe(f"override {assignment!r}: {part!r} is no position in the list; there are {known}")
     return int(part)

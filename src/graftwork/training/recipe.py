@@ -61,7 +61,6 @@ class Model(Section):
 
     name: str = Field(min_length=1)
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    quantised: Literal["none", "8bit", "4bit"] = "none"
 
 
 class Named(BaseModel):

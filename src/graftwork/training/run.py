@@ -15,7 +15,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.trainer_callback import TrainerState
 
-from graftwork.adapters.disk import save
+from graftwork.adapters.files import save
 from graftwork.engine.adapter import Adapter
 from graftwork.engine.attach import attach
 from graftwork.training import checkpoints, states

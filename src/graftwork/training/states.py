@@ -93,8 +93,10 @@ def random_state() -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": [
             name,
-            [int(k) for k in keys],
-            *[float(r) if i == 2 else int(r) for i, r in enumerate(rest)],
+            keys.tolist(),
+            int(position),
+            int(has_gauss),
+            float(cached),
         ],
         "cpu": torch.get_rng_state(),
     }

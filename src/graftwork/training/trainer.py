@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.distributed import all_gather_object, barrier
+from transformers import PrinterCallback
 
 from graftwork.tasks.base import IGNORED, Task
 from graftwork.training import checkpoints, states
@@ -46,6 +47,7 @@ class Trainer(transformers.Trainer):
             m for m in self.model.modules() if getattr(m, "track_running_stats", False)
         ]
         self._resumed: checkpoints.Contents | None = None
+        self.remove_callback(PrinterCallback)
 
     # The loss
 
@@ -158,7 +160,7 @@ class Trainer(transformers.Trainer):
 
     def _schedule(self) -> dict[str, Any]:
         state = self.lr_scheduler.state_dict()
-        return {key: value for key, value in state.items() if key != "lr_lambdas"}
+        return {**state, "lr_lambdas": [None for _ in state["lr_lambdas"]]}
 
     def _of_all(self, value: Any) -> list[Any]:
         if self.args.world_size == 1:
