@@ -9,7 +9,9 @@ from __future__ import annotations
 
 WORKSPACES: dict[str, str] = {
     "embedding": "token, patch or feature embedding",
-    "embedding.position": "learned position embedding",
+    "embedding.position": "learned position embedding or relative position bias",
+    "embedding.type": "token-type (segment) embedding",
+    "embedding.projection": "projection between embedding width and layer width",
     "attention": "self-attention block: read before its projections, changed behind its output projection",
     "attention.query": "query projection (or its part of a fused projection)",
     "attention.key": "key projection",
@@ -20,6 +22,7 @@ WORKSPACES: dict[str, str] = {
     "cross_attention.query": "query projection of cross-attention",
     "cross_attention.key": "key projection of cross-attention",
     "cross_attention.value": "value projection of cross-attention",
+    "cross_attention.key_value": "fused key and value projection of cross-attention, as one matrix",
     "cross_attention.output": "output projection of cross-attention",
     "feedforward": "feed-forward block: read before its first projection, changed behind its last",
     "feedforward.gate": "gate projection of a gated feed-forward",
@@ -32,16 +35,18 @@ WORKSPACES: dict[str, str] = {
     "router": "router of a mixture of experts",
     "layer": "a whole layer's output (the residual stream)",
     "norm": "normalisations inside layers",
-    "norm.final": "normalisation behind the last layer, or before the first",
+    "norm.final": "normalisation outside layers: behind the last, before the first, between stages",
     "ssm.in": "input projection of a state-space block",
     "ssm.conv": "its causal convolution",
     "ssm.x": "projection to step size, B and C",
     "ssm.dt": "step-size projection",
     "ssm.out": "its output projection",
     "conv": "convolution",
+    "downsample": "reduction between stages (patch merging, strided convolution)",
     "pooler": "pooling projection",
     "head": "task head (classifier, regression, span)",
     "lm_head": "projection to the vocabulary",
+    "lm_head.transform": "layers between the base and the projection to the vocabulary",
     "linear": "a linear layer whose role is not known (discovered)",
 }
 

@@ -1,0 +1,125 @@
+"""From a model and workspace names to sites: pure functions of the model, nothing is kept between calls."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from graftwork.anatomy.anatomy import Anatomy, Stack
+from graftwork.anatomy.layers import Layers
+from graftwork.anatomy.owners import head_places, known_anatomy, merged, owners
+from graftwork.anatomy.patterns import parse, select
+from graftwork.anatomy.sites import BLOCKS, block_sites, sites_at
+from graftwork.anatomy.survey import Survey, survey
+from graftwork.errors import NothingMatches, PortUnavailable
+from graftwork.reference.properties import Port
+from graftwork.reference.site import Site
+
+
+def anatomy_of(model: nn.Module) -> Anatomy:
+    """The anatomy of a model, with paths from its root.
+
+    Submodels of known families (by `config.model_type`) get their family's table, heads around them follow from the
+    class of the model, and everything else is discovered.
+    """
+    found = owners(model)
+    known = known_anatomy(found)
+    taken = _taken(model, known)
+    return merged([known, Anatomy(families=(), stacks=(), places=head_places(found, taken))])
+
+
+def all_sites(model: nn.Module) -> tuple[Site, ...]:
+    """Every workspace of the model: its weights first, then blocks, layers and inner activations."""
+    found = survey(model, anatomy_of(model))
+    return (*sites_at(found, Port.WEIGHT), *block_sites(found))
+
+
+def select_sites(
+    model: nn.Module, workspaces: tuple[str, ...], layers: Layers = "all", port: Port = Port.WEIGHT
+) -> tuple[Site, ...]:
+    """The sites that workspace names mean at a port.
+
+    Args:
+        model: any model; it is only read.
+        workspaces: entries as `graftwork.anatomy.patterns` describes them.
+        layers: which layers of each stack; a place outside layers goes with "all" or when named itself.
+        port: at the weight port a site is a module with a weight; at the hidden port an activation (a block's last
+            module, with its first as `entry`); at the attention port an attention module; at the sequence port a
+            stack (`embedding`, with the first layer as `entry` where positions are put in between layers) or,
+            for deep prompts, a layer (`layer`).
+
+    Raises:
+        NothingMatches: an entry without `?` selects nothing. PortUnavailable: the model refuses the port.
+        BadOption: an unreadable entry or a layer out of range.
+    """
+    anatomy = anatomy_of(model)
+    found = survey(model, anatomy)
+    sites = _open(sites_at(found, port), anatomy, port)
+    if not sites:
+        raise PortUnavailable(_refusal(model, anatomy, found, port))
+    try:
+        return tuple(select(sites, workspaces, layers))
+    except NothingMatches as error:
+        raise NothingMatches(f"{type(model).__name__}: {error}{_hint(workspaces, port)}") from None
+
+
+def head_sites(model: nn.Module) -> tuple[Site, ...]:
+    """The layers of a task head (classifier, span, regression), to be trained afresh with an adapter.
+
+    Empty for a bare model and for language models: a projection to the vocabulary is never a task head.
+    """
+    found = survey(model, anatomy_of(model))
+    return tuple(site for site in sites_at(found, Port.WEIGHT) if site.workspace == "head")
+
+
+def stack_of(model: nn.Module, site: Site) -> Stack:
+    """The stack that a site belongs to, with paths from the model's root (`sequence_start`, `layers`, ...)."""
+    return next(stack for stack in anatomy_of(model).stacks if stack.name == site.stack)
+
+
+def layer_modules(model: nn.Module, site: Site) -> tuple[str, ...]:
+    """Dotted names of all layers of the stack that a site belongs to, in order."""
+    runs = survey(model, anatomy_of(model)).runs
+    return tuple(layer.path for run in runs if run.stack.name == site.stack for layer in run.layers)
+
+
+def _taken(model: nn.Module, anatomy: Anatomy) -> set[int]:
+    found = survey(model, anatomy)
+    unused = {id(model.get_submodule(path)) for path in anatomy.unused if _has(model, path)}
+    return {id(spot.module) for spot in found.spots()} | unused
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _open(sites: list[Site], anatomy: Anatomy, port: Port) -> list[Site]:
+    """At the attention port, the sites of stacks that do not refuse it."""
+    if port is not Port.ATTENTION:
+        return sites
+    refused = {stack.name for stack in anatomy.stacks if stack.attention_reason}
+    return [site for site in sites if site.stack not in refused]
+
+
+def _refusal(model: nn.Module, anatomy: Anatomy, found: Survey, port: Port) -> str:
+    reasons = {
+        Port.ATTENTION: [s.attention_reason for s in anatomy.stacks],
+        Port.SEQUENCE: [s.sequence_reason for s in anatomy.stacks],
+    }.get(port, [])
+    reason = next((text for text in reasons if text), "no module there that techniques know how to treat")
+    here = sorted({site.workspace for site in sites_at(found, Port.WEIGHT)})
+    return (
+        f"{port.value} port: {type(model).__name__}: {reason}. Its workspaces at the other ports: "
+        f"{', '.join(here) or 'none'}"
+    )
+
+
+def _hint(workspaces: tuple[str, ...], port: Port) -> str:
+    blocks = {*BLOCKS, "layer", "feedforward.activation"}
+    named = sorted({name for text in workspaces for name in parse(text).alternatives} & blocks)
+    if port is Port.WEIGHT and named:
+        return f". {', '.join(named)} is a place without a weight of its own: name its projections, `attention.*`"
+    return ""
