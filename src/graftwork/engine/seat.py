@@ -42,7 +42,7 @@ def _keep_what_is_here(module: nn.Module, state: dict[str, Any], prefix: str, *_
     for name, child in module.named_children():
         start = f"{prefix}{name}."
         if not any(key.startswith(start) for key in state):
-            state.update({start + key: value for key, value in child.state_dict().items()})
+            state.update({start + key: value for key, value in child.state_dict(keep_vars=True).items()})
 
 
 class Seat:

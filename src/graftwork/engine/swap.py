@@ -60,11 +60,16 @@ def leave_seat(module: nn.Module, path: str) -> None:
 
 def check_leavable(module: nn.Module, path: str) -> None:
     """Refuse to take the class back when somebody subclassed after us; setting it would drop their layer."""
-    if "_graft_base" not in type(module).__dict__:
+    if not is_ours(type(module)):
         raise StateError(
             f"{path}: its class is now {type(module).__mro__[0].__qualname__} on top of graftwork's "
             "(parametrize, fully_shard or another library came after attach). Undo that first, then detach"
         )
+
+
+def is_ours(kind: type) -> bool:
+    """Whether a class is itself a swapped one, not a subclass that somebody made of it."""
+    return "_graft_base" in kind.__dict__
 
 
 def base_of(kind: type) -> type:
@@ -103,6 +108,8 @@ def _make(base: type, readable: tuple[str, ...]) -> type:
             seat.raw = before
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
+        if not is_ours(type(self)):  # somebody subclassed after us; their class says how
+            return object.__reduce_ex__(self, protocol)
         return _rebuild, (base, readable), self.__dict__.copy()
 
     body: dict[str, Any] = {
@@ -127,21 +134,24 @@ def _rebuild(base: type, readable: tuple[str, ...]) -> nn.Module:
 
 
 def _readable(module: nn.Module) -> tuple[str, ...]:
-    """Parameters that can be read in effective form: floating point, stored plainly (not packed)."""
-    return tuple(
-        name for name, value in module._parameters.items() if value is None or value.is_floating_point()
-    )
+    """Names that can be read in effective form: floating point, not packed, wherever the module keeps them (its
+    parameters; plain tensors, as weight_norm and prune leave them; torch's parametrizations)."""
+    kept: dict[str, Any] = {**module._parameters, **module.__dict__}
+    plain = [name for name, value in kept.items() if name in module._parameters or isinstance(value, Tensor)]
+    floating = [name for name in plain if kept[name] is None or kept[name].is_floating_point()]
+    return (*floating, *getattr(module, "parametrizations", ()))
 
 
 def _parameter(base: type, name: str) -> property:
     """A property that answers with the effective value while an owner's forward runs, else with the stored one."""
+
+    below = getattr(base, name, None)  # torch's parametrizations are properties of a class made for the module
 
     def stored(self: nn.Module) -> Tensor | None:
         if name in self._parameters:
             return self._parameters[name]
         if name in self.__dict__:
             return self.__dict__[name]
-        below = getattr(base, name, None)
         if isinstance(below, property) and below.fget is not None:
             return below.fget(self)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -149,10 +159,18 @@ def _parameter(base: type, name: str) -> property:
     def get(self: nn.Module) -> Tensor | None:
         value = stored(self)
         seat = self.__dict__.get(SEAT)
-        return value if seat is None else calls.read(self, seat, name, value)
+        if seat is None:
+            return value
+        try:
+            return calls.read(self, seat, name, value)
+        except AttributeError as error:  # torch would take it for a missing attribute and answer with the stored one
+            raise StateError(f"{seat.path}: computing the effective {name} failed: {error}") from error
 
     def put(self: nn.Module, value: Any) -> None:
-        self.__dict__[name] = value
+        if isinstance(below, property) and below.fset is not None:
+            below.fset(self, value)
+        else:
+            self.__dict__[name] = value
 
     def delete(self: nn.Module) -> None:
         del self.__dict__[name]
@@ -191,4 +209,4 @@ def no_inference(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-__all__ = ["GRAFTS", "base_of", "check_leavable", "leave_seat", "no_inference", "swapped", "take_seat"]
+__all__ = ["GRAFTS", "base_of", "check_leavable", "is_ours", "leave_seat", "no_inference", "swapped", "take_seat"]
