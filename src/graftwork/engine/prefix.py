@@ -1,0 +1,104 @@
+"""The keys and values that running prefixes give to one forward of an attention module.
+
+B samples, H key heads, N prefix positions, D head width, W = H D
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graftwork.engine.route import Route
+from graftwork.engine.seat import Graft, Seat
+from graftwork.errors import RouteError, StateError
+from graftwork.reference.properties import Port
+
+Running = tuple[tuple[str, tuple[Graft, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values (B, H, N, D); `seen` (B, N), which of them each sample has, None when all."""
+
+    keys: Tensor
+    values: Tensor
+    seen: Tensor | None
+    shift: int = 0
+
+    @property
+    def length(self) -> int:
+        """Number of positions, those left empty in some rows included."""
+        return self.keys.shape[2]
+
+
+_laid_out: WeakKeyDictionary[Route, dict[tuple[object, ...], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+
+
+def gather(seat: Seat, key: Tensor, value: Tensor) -> Prefix | None:
+    """The prefix of this forward, in the precision of `key` (B, H, K, D); None when no sample has one."""
+    route = seat.state.route
+    running = seat.running(Port.ATTENTION)
+    if route is not None:
+        running = tuple(entry for entry in running if route.uses(entry[0]))
+    if not running:
+        return None
+    if route is not None and route.per_token:
+        raise RouteError(
+            f"{seat.path}: a prefix is read by a whole row's attention and cannot be routed per token "
+            f"({', '.join(name for name, _ in running)}). Route per sample: an index of shape (batch,)"
+        )
+    parts = [_of_adapter(seat, grafts, key, value) for _, grafts in running]
+    if route is None:
+        whole = [torch.cat(side).expand(len(key), -1, -1) for side in zip(*parts, strict=True)]
+        return Prefix(_heads(whole[0], key), _heads(whole[1], value), None)
+    rows, seen = _layout(route, running, [len(keys) for keys, _ in parts], key)
+    keys, values = [_table(side).index_select(0, rows) for side in zip(*parts, strict=True)]
+    return Prefix(_heads(keys, key), _heads(values, value), seen)
+
+
+def _of_adapter(seat: Seat, grafts: tuple[Graft, ...], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (N, W) of one adapter here."""
+    pairs = [graft.module() for graft in grafts]
+    for graft, (keys, values) in zip(grafts, pairs, strict=True):
+        widths, wanted = (keys.shape[-1], values.shape[-1]), (_width(key), _width(value))
+        if widths != wanted:
+            raise StateError(
+                f"{seat.path}: prefix {graft.adapter!r} has keys and values of width {widths}, "
+                f"this attention of {wanted}; build it with the widths of site {graft.site.key}"
+            )
+    keys, values = (torch.cat(side) for side in zip(*pairs, strict=True))
+    return keys.to(key.dtype), values.to(value.dtype)
+
+
+def _width(states: Tensor) -> int:
+    return states.shape[1] * states.shape[3]
+
+
+def _heads(rows: Tensor, like: Tensor) -> Tensor:
+    """(B, N, W) -> (B, H, N, D)."""
+    return rows.unflatten(-1, (like.shape[1], like.shape[3])).transpose(1, 2)
+
+
+def _table(parts: tuple[Tensor, ...]) -> Tensor:
+    """(adapters + 1, N, W): padded prefixes and, last, an empty one for samples without."""
+    longest = max(map(len, parts))
+    padded = [functional.pad(part, (0, 0, 0, longest - len(part))) for part in parts]
+    return torch.stack([*padded, torch.zeros_like(padded[0])])
+
+
+def _layout(route: Route, running: Running, lengths: list[int], key: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) row of the table for each sample, (B, N) which positions it has; the same in every layer."""
+    names = tuple(name for name, _ in running)
+    slot = (names, tuple(lengths), len(key))
+    known = {} if torch.compiler.is_compiling() else _laid_out.setdefault(route, {})
+    if slot not in known:
+        index = route.fit(len(key), None).to(key.device)
+        here = [names.index(name) if name in names else len(names) for name in route.names]
+        rows = torch.tensor([*here, len(names)], device=key.device)[index]  # index -1 takes the last entry
+        counts = torch.tensor([*lengths, 0], device=key.device)[rows]
+        known[slot] = rows, torch.arange(max(lengths), device=key.device) < counts[:, None]
+    return known[slot]
