@@ -66,6 +66,9 @@ class LoRA(Technique):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
 
+    def fits(self, site: Site) -> bool:
+        return site.weighted and site.kind is not Kind.NORM
+
     def build(self, site: Site) -> nn.Module:
         return LowRank(site, self.rank, self.scale, self.dropout)
 
