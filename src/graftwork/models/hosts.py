@@ -97,7 +97,7 @@ def _t5() -> PretrainedConfig:
         dropout_rate=0.0,
         pad_token_id=PAD,
         eos_token_id=EOS,
-        decoder_start_token_id=PAD,
+        **_DECODER_START,
     )
 
 
