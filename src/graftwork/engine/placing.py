@@ -31,6 +31,8 @@ def put(model: nn.Module, state: State, place: Placed) -> None:
         container[name] = nn.ModuleDict()
     container[name][_child(place)] = place.graft.module  # type: ignore[operator,index]
     seat.put(place.port, place.graft)
+    if seat.slow_path is None and _has_fast_path(model, site.module):
+        seat.slow_path = host.register_forward_hook(_stay_on_slow_path)
     _ARRANGE[place.port](model, state, seat, host, place)
 
 
@@ -41,9 +43,7 @@ def remove(model: nn.Module, state: State, adapter: Adapter) -> None:
         seat = None if host is None else seat_of(host)
         if host is None or seat is None:
             continue
-        for place in adapter.placed:
-            if place.site.module == path and adapter.name in seat.at(place.port):
-                _DISARRANGE[place.port](model, state, seat, host, place)
+        here = [p for p in adapter.placed if p.site.module == path and adapter.name in seat.at(p.port)]
         seat.drop(adapter.name)
         container = host._modules.get(GRAFTS)
         if isinstance(container, Grafts):
@@ -51,12 +51,17 @@ def remove(model: nn.Module, state: State, adapter: Adapter) -> None:
                 del container[adapter.name]
             if not len(container):
                 del host._modules[GRAFTS]
-        if not seat.at(Port.SEQUENCE):
-            sequence.uninstall(model, host, seat)
+        for place in here:
+            _DISARRANGE[place.port](model, state, seat, host, place)
+        if seat.slow_path is not None and not seat.ports:
+            seat.slow_path.remove()
+            seat.slow_path = None
 
 
 def _arrange_weight(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
-    seat.owners = tuple(take_seat(model.get_submodule(path), state, path) for path in _owner_paths(model, place.site))
+    seat.owners = tuple(
+        take_seat(model.get_submodule(path), state, path) for path in _owner_paths(model, place.site)
+    )
     if place.site.read_only:
         for owner in seat.owners:
             owner.readers += 1
@@ -74,17 +79,12 @@ def _arrange_hidden(model: nn.Module, state: State, seat: Seat, host: nn.Module,
         first = take_seat(model.get_submodule(entry), state, entry)
         first.keeps_input += 1
         seat.entries = {**seat.entries, entry: first}
-    if seat.slow_path is None and _has_fast_path(model, place.site.module):
-        seat.slow_path = host.register_forward_hook(_stay_on_slow_path)
 
 
 def _disarrange_hidden(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
     entry = _entry(place)
-    if entry is not None:
+    if entry in seat.entries:
         seat.entries[entry].keeps_input -= 1
-    if seat.slow_path is not None and len(seat.at(Port.HIDDEN)) <= 1:
-        seat.slow_path.remove()
-        seat.slow_path = None
 
 
 def _arrange_attention(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
@@ -93,6 +93,11 @@ def _arrange_attention(model: nn.Module, state: State, seat: Seat, host: nn.Modu
 
 def _arrange_sequence(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
     sequence.install(model, host, seat)
+
+
+def _disarrange_sequence(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
+    if not seat.at(Port.SEQUENCE):
+        sequence.uninstall(model, host, seat)
 
 
 Arrange = Callable[[nn.Module, State, Seat, nn.Module, Placed], None]
@@ -106,7 +111,7 @@ _DISARRANGE: dict[Port, Arrange] = {
     Port.WEIGHT: _disarrange_weight,
     Port.HIDDEN: _disarrange_hidden,
     Port.ATTENTION: _arrange_attention,
-    Port.SEQUENCE: _arrange_attention,
+    Port.SEQUENCE: _disarrange_sequence,
 }
 
 

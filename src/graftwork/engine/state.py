@@ -2,15 +2,24 @@
 
 One plain object per model, referenced by every seat. Verbs replace its values and never mutate them, so that a
 snapshot is a few references and activation recomputation can be given the state of its own forward.
+
+Threads: calls of one model take turns. The thread that attached sets what runs for every thread; another thread sets
+it for itself, and its choice is installed for the time of its own calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
 
 from graftwork.engine.route import Route
+from graftwork.errors import StateError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,12 +27,23 @@ if TYPE_CHECKING:
     from graftwork.engine.adapter import Adapter
 
 
+class _Own(threading.local):
+    """What the present thread chose for itself, model by model."""
+
+    def __init__(self) -> None:
+        self.choices: WeakKeyDictionary[State, Snapshot] = WeakKeyDictionary()
+
+
+_own = _Own()
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """What a recomputation needs of the state."""
+    """What runs: all that a recomputation, or a thread, needs of the state."""
 
     active: tuple[str, ...]
     route: Route | None
+    slots: Any = None
 
 
 class State:
@@ -33,6 +53,7 @@ class State:
         adapters: name -> attached adapter, in the order of attachment.
         active: names whose modules run, in stacking order. A route, while one is set, takes their place.
         route: which adapter serves which sample or token, or None.
+        slots: where the stack that is running has put extra positions, for its layers (sequence port), or None.
         merged: names folded into the base weights.
         before_merge: what was active before merging.
         originals: (module name, parameter name) -> the base tensor before merging, and the shared parameter
@@ -41,12 +62,18 @@ class State:
         seated: dotted names of the modules that carry a seat.
         unreached: the next forward checks that the host came by every running site.
         ungraded: the next backward checks that each trainable adapter tensor got a gradient.
+        lock: held while a seated module is called, so that threads take turns.
+        home: the thread that attached; its choices hold for every thread without one of its own.
+        threaded: another thread has made a choice of its own.
+        turns: how many calls inside one another have installed a choice.
+        changes, ran_at: number of choices so far, and what it was when a forward last ran.
     """
 
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.route: Route | None = None
+        self.slots: Any = None
         self.merged: tuple[str, ...] = ()
         self.before_merge: tuple[str, ...] = ()
         self.originals: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {}
@@ -54,6 +81,20 @@ class State:
         self.seated: frozenset[str] = frozenset()
         self.unreached = False
         self.ungraded = False
+        self.lock = threading.RLock()
+        self.home = threading.get_ident()
+        self.threaded = False
+        self.turns = 0
+        self.changes = 0
+        self.ran_at = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        fleeting = ("lock", "home", "threaded", "turns")
+        return {key: value for key, value in self.__dict__.items() if key not in fleeting}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(values)
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -61,20 +102,76 @@ class State:
         return self.active if self.route is None else self.route.names
 
     def snapshot(self) -> Snapshot:
-        """The values a recomputation must see."""
-        return Snapshot(self.active, self.route)
+        """What runs now."""
+        return Snapshot(self.active, self.route, self.slots)
+
+    def choice(self) -> Snapshot:
+        """What the present thread has chosen to run."""
+        with self.lock:
+            return _own.choices.get(self) or self.snapshot()
+
+    def choose(self, choice: Snapshot) -> None:
+        """Set what runs: for every thread, or from another thread than the one that attached for that one."""
+        with self.lock:
+            self.changes += 1
+            if threading.get_ident() == self.home:
+                self._install(choice)
+            else:
+                self.threaded = True
+                _own.choices[self] = choice
+
+    @contextmanager
+    def turn(self, choice: Snapshot | None = None) -> Iterator[None]:
+        """Run with a choice installed, by default the thread's own; calls inside see what is installed."""
+        with self.lock:
+            before = self.snapshot()
+            if choice is None and self.turns == 0:
+                choice = _own.choices.get(self)
+                self._check_present(choice)
+            if choice is not None:
+                self._install(choice)
+            self.turns += 1
+            try:
+                yield
+            finally:
+                self.turns -= 1
+                self._install(before)
+
+    def _install(self, choice: Snapshot) -> None:
+        self.active, self.route, self.slots = choice.active, choice.route, choice.slots
+
+    def _check_present(self, choice: Snapshot | None) -> None:
+        names = () if choice is None else choice.active if choice.route is None else choice.route.names
+        for name in names:
+            if name not in self.adapters or name in self.merged:
+                raise StateError(
+                    f"{name!r} was detached or merged since this thread chose it; choose again (gw.active)"
+                )
 
 
 def carrying(state: State, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` bound to today's active set and route, whatever they are when it is called again."""
+    """`function` bound to what runs today, whatever runs when it is called again."""
+    if torch.compiler.is_compiling():  # a compiled graph is recomputed without running Python again
+        return function
     snapshot = state.snapshot()
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
-        before = state.snapshot()
-        state.active, state.route = snapshot.active, snapshot.route
-        try:
+        with state.turn(snapshot):
             return function(*args, **kwargs)
-        finally:
-            state.active, state.route = before.active, before.route
 
     return recomputed
+
+
+def note_forward(state: State) -> None:
+    """Refuse a recomputation that nobody carries the state into after the choice has changed.
+
+    A checkpoint of the caller's own (`torch.utils.checkpoint`) runs a module again during backward. What was active
+    then is not known, only that it may not be what is active now.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        state.ran_at = state.changes
+    elif state.turns == 0 and state.ran_at != state.changes:
+        raise StateError(
+            "a module is recomputed in backward, but the active adapters or the route changed since its forward. "
+            "Keep them until backward has run, or use the model's own activation_checkpointing_enable()"
+        )

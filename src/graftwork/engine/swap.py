@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from graftwork.engine import attention, calls, export, recompute
 from graftwork.engine.seat import GRAFTS, SEAT, Seat, seat_of
-from graftwork.engine.state import State
+from graftwork.engine.state import State, note_forward
 from graftwork.errors import StateError
 
 _classes: dict[tuple[type, tuple[str, ...]], type] = {}
@@ -35,7 +35,9 @@ def take_seat(module: nn.Module, state: State, path: str) -> Seat:
         return seat
     _refuse_foreign_forward(module, path)
     if GRAFTS in module._modules:
-        raise StateError(f"{path}: has a child named {GRAFTS!r} of its own, the name under which adapter tensors live")
+        raise StateError(
+            f"{path}: has a child named {GRAFTS!r} of its own, the name under which adapter tensors live"
+        )
     base = type(module)
     seat = Seat(state, path)
     module.__dict__[SEAT] = seat
@@ -101,11 +103,13 @@ def _make(base: type, readable: tuple[str, ...]) -> type:
         seat = getattr(self, SEAT, None)
         if seat is None:
             return base.__call__(self, *args, **kwargs)
-        before, seat.raw = seat.raw, True
-        try:
-            return base.__call__(self, *args, **kwargs)
-        finally:
-            seat.raw = before
+        if seat.state.threaded:
+            return _in_turn(self, seat, base, args, kwargs)
+        if torch.compiler.is_compiling():
+            return _raw_call(self, seat, base, args, kwargs)
+        with seat.state.lock:
+            note_forward(seat.state)
+            return _raw_call(self, seat, base, args, kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         if not is_ours(type(self)):  # somebody subclassed after us; their class says how
@@ -128,6 +132,23 @@ def _make(base: type, readable: tuple[str, ...]) -> type:
     return type(base)(base.__name__, (base,), body)
 
 
+def _raw_call(module: nn.Module, seat: Seat, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The base's call, hooks included, with the module's own parameters read as stored."""
+    before, seat.raw = seat.raw, True
+    try:
+        return base.__call__(module, *args, **kwargs)
+    finally:
+        seat.raw = before
+
+
+@torch.compiler.disable(
+    reason="graftwork: several threads choose adapters of one model; use one lock, not threads"
+)
+def _in_turn(module: nn.Module, seat: Seat, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with seat.state.turn():
+        return _raw_call(module, seat, base, args, kwargs)
+
+
 def _rebuild(base: type, readable: tuple[str, ...]) -> nn.Module:
     kind = swapped(base, readable)
     return kind.__new__(kind)
@@ -145,7 +166,9 @@ def _readable(module: nn.Module) -> tuple[str, ...]:
 def _parameter(base: type, name: str) -> property:
     """A property that answers with the effective value while an owner's forward runs, else with the stored one."""
 
-    below = getattr(base, name, None)  # torch's parametrizations are properties of a class made for the module
+    below = getattr(
+        base, name, None
+    )  # torch's parametrizations are properties of a class made for the module
 
     def stored(self: nn.Module) -> Tensor | None:
         if name in self._parameters:
@@ -163,7 +186,9 @@ def _parameter(base: type, name: str) -> property:
             return value
         try:
             return calls.read(self, seat, name, value)
-        except AttributeError as error:  # torch would take it for a missing attribute and answer with the stored one
+        except (
+            AttributeError
+        ) as error:  # torch would take it for a missing attribute and answer with the stored one
             raise StateError(f"{seat.path}: computing the effective {name} failed: {error}") from error
 
     def put(self: nn.Module, value: Any) -> None:
@@ -209,4 +234,13 @@ def no_inference(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-__all__ = ["GRAFTS", "base_of", "check_leavable", "is_ours", "leave_seat", "no_inference", "swapped", "take_seat"]
+__all__ = [
+    "GRAFTS",
+    "base_of",
+    "check_leavable",
+    "is_ours",
+    "leave_seat",
+    "no_inference",
+    "swapped",
+    "take_seat",
+]

@@ -6,6 +6,7 @@ Each setting verb works as a statement, and as a context manager that restores e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 from torch import Tensor, nn
@@ -45,14 +46,13 @@ def active(model: nn.Module, *names: str) -> Restore:
         require(state, name)
         if name in state.merged:
             raise StateError(f"{name!r} is merged into the base and would count twice; unmerge first")
-    if state.route is not None:
-        raise StateError("a route is set and decides which adapters run; end it first (graftwork.route(model, None))")
-    before, state.active = state.active, tuple(names)
-
-    def undo() -> None:
-        state.active = before
-
-    return Restore(undo)
+    before = state.choice()
+    if before.route is not None:
+        raise StateError(
+            "a route is set and decides which adapters run; end it first (graftwork.route(model, None))"
+        )
+    state.choose(replace(before, active=tuple(names)))
+    return Restore(lambda: state.choose(replace(state.choice(), active=before.active)))
 
 
 def trainable(model: nn.Module, *names: str) -> Restore:
@@ -92,9 +92,6 @@ def route(model: nn.Module, names: Sequence[str] | None, index: Tensor | None = 
                 raise StateError(f"{name!r} is merged into the base and cannot be routed; unmerge first")
         parameter = next(model.parameters(), None)
         new = Route(names, index if parameter is None or parameter.is_meta else index.to(parameter.device))
-    before, state.route = state.route, new
-
-    def undo() -> None:
-        state.route = before
-
-    return Restore(undo)
+    before = state.choice()
+    state.choose(replace(before, route=new))
+    return Restore(lambda: state.choose(replace(state.choice(), route=before.route)))
