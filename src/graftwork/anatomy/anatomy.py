@@ -39,13 +39,13 @@ class Place:
         path: module path (`self_attn.q_proj`), `*` for any one segment, "" for the layer or base itself.
         part: the channels this workspace owns of a fused projection.
         parameter: a bare parameter instead of a module's weight (fused experts, router).
-        read_only: the host reads the weight and never calls the module.
+        access: whether the host calls the module, reads its weight, or either.
     """
 
     path: str
     part: Part | None = None
     parameter: str | None = None
-    read_only: bool = False
+    access: Access = Access.CALLED
 
 
 Places = Mapping[str, "Place | str | tuple[Place | str, ...]"]

@@ -37,6 +37,15 @@ def owners(model: nn.Module) -> list[Owner]:
     return list(_visit("", model, set()))
 
 
+def stranger(model: nn.Module) -> list[Owner]:
+    """The model as owner of its base by the convention of `base_model_prefix`, where its family is not known."""
+    inner = str(getattr(model, "base_model_prefix", ""))
+    base = model._modules.get(inner)
+    if base is None or not _family(model) or _family(model) in families():
+        return []
+    return [Owner("", model, inner, base, Anatomy(families=(), stacks=()))]
+
+
 def known_anatomy(found: list[Owner]) -> Anatomy:
     """The tables of the submodels as one, with paths from the root and stacks named apart."""
     parts = [_placed(owner, _name(owner) if len(found) > 1 else "") for owner in found]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from graftwork.anatomy.anatomy import Anatomy, Stack
+from graftwork.anatomy.discovery import discover
 from graftwork.anatomy.layers import Layers
-from graftwork.anatomy.owners import head_places, known_anatomy, merged, owners
+from graftwork.anatomy.owners import head_places, known_anatomy, merged, owners, stranger
 from graftwork.anatomy.patterns import parse, select
 from graftwork.anatomy.sites import BLOCKS, block_sites, sites_at
 from graftwork.anatomy.survey import Survey, survey
@@ -24,7 +25,9 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     found = owners(model)
     known = known_anatomy(found)
     taken = _taken(model, known)
-    return merged([known, Anatomy(families=(), stacks=(), places=head_places(found, taken))])
+    heads = Anatomy(families=(), stacks=(), places=head_places(found or stranger(model), taken))
+    rest = discover(model, taken | _taken(model, heads), others=bool(known.stacks))
+    return merged([known, heads, rest])
 
 
 def all_sites(model: nn.Module) -> tuple[Site, ...]:

@@ -17,7 +17,7 @@ from graftwork.reference.site import Kind, Side, Site
 
 BLOCKS = {
     "attention": (("attention.query", "attention.qkv"), "attention.output"),
-    "cross_attention": (("cross_attention.query",), "cross_attention.output"),
+    "cross_attention": (("cross_attention.query", "cross_attention.qkv"), "cross_attention.output"),
     "feedforward": (("feedforward.gate", "feedforward.up", "feedforward.gate_up"), "feedforward.down"),
 }
 _LAYER_ENDS = ("attention.output", "feedforward.down", "ssm.out", "conv", "linear", "norm")
@@ -79,7 +79,7 @@ def _site(spot: Spot, where: _Where) -> Site:
     return Site(
         key="", workspace=spot.workspace, kind=m.kind, module=spot.path,
         stack=where.stack, layer=where.layer, layers=where.layers, causal=where.causal,
-        parameter=spot.place.parameter or "weight", read_only=spot.place.read_only,
+        parameter=spot.place.parameter or "weight", access=spot.place.access,
         channels=own, fused_width=0 if own is None else m.width_out, channel_axis=m.channel_axis,
         width_in=m.width_in, width_out=width, channels_in=m.channels_in, channels_out=width,
         kernel=m.kernel, batch=m.batch, has_bias=m.has_bias, dtype=m.dtype, device=m.device,
@@ -153,7 +153,7 @@ def _attention(run: Run) -> Iterator[Site]:
             ("attention", run.stack.attention),
             ("cross_attention", run.stack.cross_attention),
         ):
-            for path, module in expand(layer.module, pattern) if pattern else ():
+            for path, module in expand(layer.module, pattern) if pattern is not None else ():
                 yield _attention_site(run, layer, workspace, join(layer.path, path), module)
 
 

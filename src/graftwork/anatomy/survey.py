@@ -124,7 +124,9 @@ def _part(
         found = measure_parameter(module, place.parameter) if place.parameter else measure(module)
         if found is None:
             continue
-        heads = max((query_heads(m) for _, m in expand(root, attention)), default=0) if attention else 0
+        heads = (
+            0 if attention is None else max((query_heads(m) for _, m in expand(root, attention)), default=0)
+        )
         own = _channels(place.part, found.width_out, output.width_in if output else 0, heads)
         if own is not None:
             yield Spot(

@@ -22,6 +22,7 @@ WORKSPACES: dict[str, str] = {
     "cross_attention.query": "query projection of cross-attention",
     "cross_attention.key": "key projection of cross-attention",
     "cross_attention.value": "value projection of cross-attention",
+    "cross_attention.qkv": "fused query, key and value projection of cross-attention, as one matrix",
     "cross_attention.key_value": "fused key and value projection of cross-attention, as one matrix",
     "cross_attention.output": "output projection of cross-attention",
     "feedforward": "feed-forward block: read before its first projection, changed behind its last",

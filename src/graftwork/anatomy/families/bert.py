@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graftwork.anatomy.anatomy import Anatomy, Place, Places, Stack
+from graftwork.reference.site import Access
 
 _NO_INTERFACE = "DeBERTa computes its disentangled attention itself; use the sequence port"
 
@@ -56,7 +57,7 @@ DEBERTA = Anatomy(
                 **_AROUND,
                 "embedding.position": (
                     "embeddings.position_embeddings",
-                    Place("encoder.rel_embeddings", read_only=True),
+                    Place("encoder.rel_embeddings", access=Access.READ),
                 ),
                 "embedding.projection": "embeddings.embed_proj",
                 "conv": "encoder.conv.conv",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graftwork.anatomy.anatomy import Anatomy, Place, Stack
+from graftwork.reference.site import Access
 
 ANATOMIES = tuple(
     Anatomy(
@@ -12,10 +13,10 @@ ANATOMIES = tuple(
                 layers=("layers.*",),
                 places={
                     "ssm.in": "mixer.in_proj",
-                    "ssm.conv": Place("mixer.conv1d", read_only=True),
-                    "ssm.x": "mixer.x_proj",
-                    "ssm.dt": Place("mixer.dt_proj", read_only=True),
-                    "ssm.out": "mixer.out_proj",
+                    "ssm.conv": Place("mixer.conv1d", access=Access.READ),
+                    "ssm.x": Place("mixer.x_proj", access=Access.EITHER),
+                    "ssm.dt": Place("mixer.dt_proj", access=Access.READ),
+                    "ssm.out": Place("mixer.out_proj", access=Access.EITHER),
                     "norm": ("norm", "mixer.norm"),
                 },
                 around={"embedding": "embeddings", "norm.final": "norm_f"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graftwork.anatomy.anatomy import Anatomy, Places, Stack
+from graftwork.reference.site import Access
 
 
 def _attention(workspace: str, module: str) -> Places:
@@ -19,7 +20,7 @@ _PLACES: Places = {
     **_attention("cross_attention", "EncDecAttention"),
     "feedforward.gate": "layer.*.DenseReluDense.wi_0",
     "feedforward.up": ("layer.*.DenseReluDense.wi", "layer.*.DenseReluDense.wi_1"),
-    "feedforward.down": "layer.*.DenseReluDense.wo",
+    "feedforward.down": Place("layer.*.DenseReluDense.wo", access=Access.INSPECTED),
     "norm": "layer.*.layer_norm",
     "embedding.position": "layer.*.SelfAttention.relative_attention_bias",
 }
