@@ -190,6 +190,9 @@ def test_bitfit_fits_where_a_bias_is() -> None:
     assert BitFit().fits(by_hand.NORM)
     assert not BitFit().fits(by_hand.BIASLESS)
     assert not BitFit().fits(dataclasses.replace(by_hand.FEEDFORWARD, entry="up"))
+    head = dataclasses.replace(by_hand.QUERY, workspace="head")  # trained whole with every adapter
+    assert not BitFit().fits(head)
+    assert BitFit(workspaces=("head",)).fits(head)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
-from enum import EnumMeta
+from enum import Enum, EnumMeta
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -171,7 +171,7 @@ class Technique:
         """The fields that differ from their defaults, as plain JSON values."""
         values = {option.name: (getattr(self, option.name), default_of(option)) for option in fields(self)}
         changed = {name: value for name, (value, default) in values.items() if value != default}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in changed.items()}
+        return {name: _json(value) for name, value in changed.items()}
 
 
 def kebab(name: str) -> str:
@@ -205,6 +205,12 @@ def check_options(technique: Technique) -> None:
         problem = _problem(hints[option.name], value)
         if problem:
             raise BadOption(f"{technique.name}: {option.name}={value!r} {problem}")
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return value.value if isinstance(value, Enum) else value
 
 
 def _plain(hint: Any, value: Any, where: str) -> Any:

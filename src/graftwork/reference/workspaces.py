@@ -2,7 +2,8 @@
 
 A workspace is written `attention.query`, with the stack in front where a model has several
 (`decoder.cross_attention.key`). `attention.*` takes every workspace below `attention`; a preset such as
-`all-linear` stands for several; `re:PATTERN` matches module names (whole, by regular expression) for the expert.
+`all-linear` stands for several; `re:PATTERN` matches module names (whole, by regular expression), for the
+expert.
 """
 
 from __future__ import annotations

@@ -40,7 +40,9 @@ class BitFit(Technique, name="bitfit"):  # type: ignore[call-arg]
     )
 
     def fits(self, site: Site) -> bool:
-        return site.has_bias and site.weighted and (site.channels is None or self.workspaces is not None)
+        chosen = self.workspaces is not None
+        whole = site.channels is None and site.workspace != "head"  # a task head is trained whole anyway
+        return site.has_bias and site.weighted and (chosen or whole)
 
     def build(self, site: Site) -> nn.Module:
         return BiasDelta(site.width_out)

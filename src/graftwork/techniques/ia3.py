@@ -33,7 +33,7 @@ class IA3(Technique):
         insertion=Insertion.SEQUENTIAL,
         integration=Integration.RESCALING,
         workspaces=(
-            "attention.key|ssm.in|conv|linear",
+            "attention.key|attention.qkv|ssm.in|conv|linear",
             "attention.value|ssm.out?",
             "cross_attention.key?",
             "cross_attention.value?",

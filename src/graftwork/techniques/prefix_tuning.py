@@ -61,6 +61,9 @@ class PrefixTuning(Technique):
             return card
         return replace(card, intra_connectivity=IntraConnectivity.EMBEDDING, sharing=Sharing.NONE)
 
+    def fits(self, site: Site) -> bool:
+        return site.key_width > 0 and site.value_width > 0
+
     def build(self, site: Site) -> nn.Module:
         widths = site.key_width, site.value_width
         return Prefix(self.length, *widths) if self.hidden is None else Written(self.hidden, *widths)

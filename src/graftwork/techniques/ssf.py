@@ -32,7 +32,7 @@ class SSF(Technique):
         insertion=Insertion.SEQUENTIAL,
         integration=Integration.RESCALING,
         workspaces=(
-            "attention.query|ssm.in|conv|linear",
+            "attention.query|attention.qkv|ssm.in|conv|linear",
             "attention.key|ssm.out?",
             "attention.value?",
             "attention.output?",
