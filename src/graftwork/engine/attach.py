@@ -209,8 +209,7 @@ def _module(technique: Technique, site: Site, shared: nn.Module | None) -> nn.Mo
         )
     if shared is not None:
         module.adopt(shared)  # type: ignore[operator]
-    dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
-    return module.to(device=site.device, dtype=dtype)
+    return module.double() if site.dtype == torch.float64 else module
 
 
 def _seat(model: nn.Module, state: State, adapter: Adapter) -> None:

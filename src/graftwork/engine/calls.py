@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from graftwork.engine import checks, hidden, split, weight
 from graftwork.engine.seat import Seat
-from graftwork.errors import RouteError
+from graftwork.errors import RouteError, StateError
 from graftwork.reference.properties import Port
+from graftwork.reference.site import Access
 
 
 def forward(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -71,14 +72,22 @@ def read(module: nn.Module, seat: Seat, name: str, stored: Tensor | None) -> Ten
         return seat.values[name]
     if seat.raw or stored is None or stored.is_meta or not any(owner.depth for owner in seat.owners):
         return stored
-    running = seat.running(Port.WEIGHT)
-    if not running and not seat.running(Port.HIDDEN):
+    weights, around = seat.running(Port.WEIGHT), seat.running(Port.HIDDEN)
+    if not weights and not around:
         return stored
-    seat.touch(Port.WEIGHT)
-    if seat.state.route is not None:
+    access = (weights or around)[0][1][0].site.access
+    routed = seat.state.route is not None
+    if access is Access.INSPECTED or (routed and access is Access.CALLED):
+        return stored
+    if routed:
         raise RouteError(
             f"{seat.path}.{name} is read while a route is set, where no batch can be split. "
             "Route whole batches (gw.active), or choose another workspace"
         )
-    return weight.values(module, seat, weight.flat(running), (name,)).get(name, stored)
-
+    seat.touch(Port.WEIGHT)
+    if around and access is Access.EITHER:
+        raise StateError(
+            f"{seat.path}.{name} is read by its owner instead of calling the module (a fused kernel), which would "
+            f"skip {around[0][1][0].technique}; switch the fused path off, or use a weight-port technique there"
+        )
+    return weight.values(module, seat, weight.flat(weights), (name,)).get(name, stored)

@@ -60,7 +60,7 @@ def _check_reached(model: nn.Module, state: State) -> None:
 
 
 def _watch(out: Any, state: State) -> None:
-    wanted = {name: state.adapters[name] for name in state.running if name in state.adapters}
+    wanted = {name: state.adapters[name] for name in _used(state)}
     trainable = any(p.requires_grad for adapter in wanted.values() for p in adapter.parameters())
     if not trainable:
         return
@@ -71,32 +71,40 @@ def _watch(out: Any, state: State) -> None:
             "no adapter tensor can be trained by it"
         )
     queued: list[bool] = []
+    idle = frozenset(state.running) - frozenset(wanted)
 
     def on_gradient(_: Tensor) -> None:
         if not queued:
             queued.append(True)
             engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
             # Queued twice: sharded data parallel hands gradients over in a callback of its own, which comes first.
-            engine.queue_callback(lambda: engine.queue_callback(lambda: _check_gradients(state)))
+            engine.queue_callback(lambda: engine.queue_callback(lambda: _check_gradients(state, idle)))
 
     for tensor in tensors:
         tensor.register_hook(on_gradient)
 
 
-def _check_gradients(state: State) -> None:
+def _used(state: State) -> tuple[str, ...]:
+    """Running adapters that some sample really goes to."""
+    route = state.route
+    return tuple(name for name in state.running if route is None or route.uses(name))
+
+
+def _check_gradients(state: State, idle: frozenset[str]) -> None:
+    """`idle`: adapters of a route that no sample of this batch went to; they are looked at another time."""
     if not state.ungraded:
         return
-    state.ungraded = False
+    state.ungraded = bool(idle)
     missing = [
         f"{name}: {tensor}"
         for name, adapter in state.adapters.items()
         for tensor, parameter in adapter.named_parameters()
-        if parameter.requires_grad and parameter.grad is None
+        if name not in idle and parameter.requires_grad and parameter.grad is None
     ]
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        idle = [name for name in state.adapters if name not in state.running]
-        hint = f" (not active: {', '.join(idle)})" if idle else ""
+        off = [name for name in state.adapters if name not in state.running]
+        hint = f" (not active: {', '.join(off)})" if off else ""
         raise NoGradient(
             f"the first backward gave no gradient to {len(missing)} trainable adapter tensors{hint}: {shown}. "
             "Freeze what does not take part (gw.trainable), choose other workspaces, or attach with verify=False"

@@ -15,7 +15,10 @@ from graftwork.engine.seat import GRAFTS, Grafts, Seat, seat_of, stored_paramete
 from graftwork.engine.state import State
 from graftwork.engine.swap import take_seat
 from graftwork.reference.properties import Insertion, Port
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Access, Kind, Site
+
+
+_MAY_BE_READ = (Access.READ, Access.EITHER)
 
 
 def put(model: nn.Module, state: State, place: Placed) -> None:
@@ -62,13 +65,13 @@ def _arrange_weight(model: nn.Module, state: State, seat: Seat, host: nn.Module,
     seat.owners = tuple(
         take_seat(model.get_submodule(path), state, path) for path in _owner_paths(model, place.site)
     )
-    if place.site.read_only:
+    if place.site.access in _MAY_BE_READ:
         for owner in seat.owners:
             owner.readers += 1
 
 
 def _disarrange_weight(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
-    if place.site.read_only:
+    if place.site.access in _MAY_BE_READ:
         for owner in seat.owners:
             owner.readers -= 1
 

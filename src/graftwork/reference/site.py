@@ -23,6 +23,15 @@ class Kind(StrEnum):
     STACK = "stack"  # a stack of layers: extra positions
 
 
+class Access(StrEnum):
+    """How a host uses a module's parameters."""
+
+    CALLED = "called"  # the module is called
+    READ = "read"  # its parameters are read, it is never called
+    EITHER = "either"  # called on one path of the host, read on another (fused kernels)
+    INSPECTED = "inspected"  # called; besides, only the type or device of the weight is looked at
+
+
 class Side(StrEnum):
     """Which end of the module the workspace means."""
 
@@ -46,8 +55,9 @@ class Site:
             (the feed-forward block reads what its first projection reads).
         channels: (start, stop) rows of the output that this workspace owns in a fused projection; for
             interleaved layouts (heads, parts, part, head_dim). None: all.
-        read_only: the host reads this module's parameters and never calls it
-            (`nn.MultiheadAttention.out_proj`).
+        fused_width: width of the whole fused projection when `channels` is set, else 0.
+        channel_axis: axis of the channels in the activations (1 for convolutions and batch norms, else -1).
+        access: whether the host calls the module or reads its parameters (`nn.MultiheadAttention.out_proj`).
         width_in, width_out: channels of the matrix (for a convolution `width_in` is
             in_channels / groups x kernel).
         channels_in, channels_out: channels of the activations read and changed at this site.
@@ -75,7 +85,9 @@ class Site:
     side: Side = Side.OUTPUT
     entry: str | None = None
     channels: tuple[int, ...] | None = None
-    read_only: bool = False
+    fused_width: int = 0
+    channel_axis: int = -1
+    access: Access = Access.CALLED
     width_in: int = 0
     width_out: int = 0
     channels_in: int = 0
@@ -91,6 +103,11 @@ class Site:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     matrix: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
     bias: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the host never calls the module."""
+        return self.access is Access.READ
 
     @property
     def width(self) -> int:

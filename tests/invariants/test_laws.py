@@ -1,0 +1,77 @@
+"""Every law over every technique and the seven model families; what a host cannot take is pinned, with its reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graftwork.errors import NothingMatches, PortUnavailable
+from graftwork.laws import LAWS
+from graftwork.reference.catalogue import techniques
+from graftwork.reference.technique import Technique
+from graftwork.testing import tiny
+
+import graftwork as gw
+
+HOSTS = ("bert", "bert-classification", "llama", "gpt2", "t5", "vit", "mamba", "resnet")
+
+
+def cases() -> dict[str, Technique]:
+    """One smallest useful row per technique, and the variants whose cards differ."""
+    return {
+        "lora": gw.LoRA(rank=2, alpha=4),
+        "lora-everywhere": gw.LoRA(rank=2, workspaces=("all-linear|conv",)),
+        "bottleneck-adapter": gw.BottleneckAdapter(width=4),
+        "parallel-adapter": gw.BottleneckAdapter.parallel(width=4),
+        "houlsby-adapter": gw.BottleneckAdapter.houlsby(width=4),
+        "tiny-attention-adapter": gw.TinyAttentionAdapter(),
+        "compacter": gw.Compacter(),
+        "ia3": gw.IA3(),
+        "prompt-tuning": gw.PromptTuning(length=4),
+        "p-tuning": gw.PTuning(length=4),
+        "prefix-tuning": gw.PrefixTuning(length=4, hidden=None),
+        "prefix-tuning-mlp": gw.PrefixTuning(length=4, hidden=8),
+        "bitfit": gw.BitFit(),
+        "norm-tuning": gw.NormTuning(),
+        "ssf": gw.SSF(),
+        "fine-tuning": gw.FineTuning(),
+    }
+
+
+# (technique, host) -> a word of the reason. Anything that starts or stops being refused must be looked at.
+REFUSED: dict[tuple[str, str], str] = {}
+
+
+def refusal(technique: Technique, host: str) -> str | None:
+    try:
+        gw.attach(tiny(host), technique)
+    except (PortUnavailable, NothingMatches) as reason:
+        return str(reason)
+    return None
+
+
+def test_every_technique_has_a_case() -> None:
+    assert {case.name for case in cases().values()} == set(techniques())
+
+
+def test_refusals_are_the_known_ones() -> None:
+    found = {
+        (name, host): reason
+        for name, technique in cases().items()
+        for host in HOSTS
+        if (reason := refusal(technique, host)) is not None
+    }
+    assert sorted(found) == sorted(REFUSED)
+    assert all(word in found[case] for case, word in REFUSED.items())
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("name", cases())
+def test_law(name: str, host: str, law: str) -> None:
+    torch.manual_seed(0)
+    technique = cases()[name]
+    try:
+        LAWS[law](host, technique)
+    except (PortUnavailable, NothingMatches):
+        assert (name, host) in REFUSED
+        pytest.skip(f"{REFUSED[name, host]} (pinned)")
