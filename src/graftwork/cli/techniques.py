@@ -16,7 +16,7 @@ HELP = "None: the table of all techniques. One name: its card. Two: the properti
 
 
 _WIDE = 144
-Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME [NAME2]]", help=HELP)]
+Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help=HELP)]
 
 
 def show(names: Names = None) -> None:
