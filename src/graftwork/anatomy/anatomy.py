@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from graftwork.reference.site import Access
+
 
 class Layout(StrEnum):
     """How the parts of a fused projection lie in its output channels."""

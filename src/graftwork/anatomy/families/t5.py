@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graftwork.anatomy.anatomy import Anatomy, Places, Stack
+from graftwork.anatomy.anatomy import Anatomy, Place, Places, Stack
 from graftwork.reference.site import Access
 
 
