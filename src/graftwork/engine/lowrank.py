@@ -1,150 +1,25 @@
 """Low-rank deltas as autograd functions: the base product, then the thin one accumulated in place.
 
-These are pure functions of tensors; they know no adapter, site or card.
+Pure functions of tensors; they know no adapter, site or card.
 
     y = x Wᵀ + b + s ((drop(x) Aᵀ) ∘ m) Bᵀ
 
-    (..., I) an input, (O, I) a weight, A = `down` (R, I), B = `up` (O, R), m = `mask` broadcastable to (..., R).
-
-Kept for backward: x itself (so that projections reading one tensor share one storage) and the parameters. x Aᵀ is
-recomputed, which costs R / O of the base product. Factors are cast to the precision of x, never x to theirs.
+x (..., I), W (O, I), A = `down` (R, I), B = `up` (O, R), m = `mask` broadcastable to (..., R). Kept for
+backward: x itself, in its own precision, so that projections reading one tensor share one storage, and the
+parameters. Nothing else: x Aᵀ is recomputed (R / O of the base product), a dropout mask is made anew from its
+seed. The thin factors are cast to the precision of x, never x to theirs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional
 
-_LEVELS = 256
-
-
-@dataclass(frozen=True)
-class _Drop:
-    """A reproducible dropout mask: `seed` and how many of 256 byte values are dropped."""
-
-    seed: int
-    dropped: int
-
-    @property
-    def gain(self) -> float:
-        return _LEVELS / (_LEVELS - self.dropped)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """x with dropped elements at zero, not rescaled."""
-        generator = torch.Generator(device=x.device).manual_seed(self.seed)
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
-        words.random_(-(2**63), None, generator=generator)
-        drop = (words.view(torch.uint8)[: x.numel()] < self.dropped).view(x.shape)
-        return x.masked_fill(drop, 0.0)
-
-
-def _draw(dropout: float) -> _Drop | None:
-    dropped = round(dropout * _LEVELS)
-    if not dropped:
-        return None
-    return _Drop(int(torch.randint(2**62, ())), dropped)
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    drop: _Drop | None,
-) -> Tensor:
-    dropped = x if drop is None else drop.apply(x)
-    inner = functional.linear(dropped, down.to(x.dtype))
-    if mask is not None:
-        inner = inner * mask.to(x.dtype)
-    gain = scale if drop is None else scale * drop.gain
-    up = up.to(x.dtype)
-    if weight is None:
-        return functional.linear(inner * gain, up)
-    y = functional.linear(x, weight, bias)
-    y.view(-1, up.shape[0]).addmm_(inner.reshape(-1, up.shape[1]), up.t(), alpha=gain)
-    return y
-
-
-class _LowRank(Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, down, up, mask, scale, drop, dtype):  # type: ignore
-        wanted = ctx.needs_input_grad
-        keeps_x = wanted[1] or wanted[3] or wanted[4] or wanted[5]
-        ctx.save_for_backward(x if keeps_x else None, weight, down, up, mask)
-        ctx.settings = scale, drop, dtype, x.dtype, None if bias is None else bias.dtype, x.shape
-        to = None if weight is None else weight.to(dtype)
-        return _forward(
-            x.to(dtype), to, None if bias is None else bias.to(dtype), down, up, mask, scale, drop
-        )
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore
-        x, weight, down, up, mask = ctx.saved_tensors
-        scale, drop, dtype, x_dtype, bias_dtype, shape = ctx.settings
-        if torch.is_autocast_enabled(dy.device.type):
-            with torch.autocast(dy.device.type, enabled=False):
-                return _LowRank._backward(ctx.needs_input_grad, dy, x, weight, down, up, mask, ctx.settings)
-        return _LowRank._backward(ctx.needs_input_grad, dy, x, weight, down, up, mask, ctx.settings)
-
-    @staticmethod
-    def _backward(wanted, dy, x, weight, down, up, mask, settings):  # type: ignore
-        scale, drop, dtype, x_dtype, bias_dtype, shape = settings
-        gain = scale if drop is None else scale * drop.gain
-        rank, width = down.shape
-        dy2 = dy.reshape(-1, up.shape[0])
-        a, b = down.to(dtype), up.to(dtype)
-        dx = dw = dbias = da = db = dmask = None
-        if x is not None:
-            x2 = x.to(dtype).reshape(-1, width)
-        if wanted[1]:
-            dw = (dy2.t() @ x2).to(weight.dtype)
-        if wanted[2]:
-            dbias = dy2.sum(0).to(bias_dtype)
-        inner_grad = dy2 @ b
-        if wanted[3] or wanted[4] or wanted[5]:
-            z = x2 if drop is None else drop.apply(x2)
-            if wanted[4] or wanted[5]:
-                inner = z @ a.t()
-        if wanted[5]:
-            dmask = (
-                (gain * (inner_grad * inner).view(*shape[:-1], rank)).sum_to_size(mask.shape).to(mask.dtype)
-            )
-        if mask is not None:
-            m = mask.to(dtype)
-            inner_grad = (inner_grad.view(*shape[:-1], rank) * m).view(-1, rank)
-            if wanted[4]:
-                inner = (inner.view(*shape[:-1], rank) * m).view(-1, rank)
-        if wanted[4]:
-            db = (dy2.t() @ inner).to(up.dtype).mul_(gain)
-        if wanted[3]:
-            da = (inner_grad.t() @ z).to(down.dtype).mul_(gain)
-        if wanted[0]:
-            if drop is None and weight is not None:
-                dx = (dy2 @ weight.to(dtype)).addmm_(inner_grad, a, alpha=gain)
-            else:
-                dx = (inner_grad * gain) @ a
-                if drop is not None:
-                    dx = drop.apply(dx)
-                if weight is not None:
-                    dx = dx.addmm_(dy2, weight.to(dtype))
-            dx = dx.view(shape).to(x_dtype)
-        return dx, dw, dbias, da, db, dmask, None, None, None
-
-
-def _plain(x, weight, bias, down, up, mask, scale, dropout):  # type: ignore
-    z = functional.dropout(x, dropout) if dropout else x
-    inner = functional.linear(z, down.to(x.dtype)) * scale
-    if mask is not None:
-        inner = inner * mask.to(inner.dtype)
-    delta = functional.linear(inner, up.to(inner.dtype))
-    return delta if weight is None else functional.linear(x, weight, bias) + delta
+from graftwork.engine.dropout import Drop
 
 
 def low_rank_linear(
@@ -158,21 +33,242 @@ def low_rank_linear(
     dropout: float = 0.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer with a low-rank delta: x Wᵀ + b + scale ((drop(x) Aᵀ) ∘ mask) Bᵀ, shape (..., O).
+    """A linear layer with a low-rank delta: x Wᵀ + b + scale ((drop(x) Aᵀ) ∘ mask) Bᵀ.
 
     Args:
         x: (..., I).
-        weight: (O, I), any strides; None returns the delta alone (`bias` must be None too).
+        weight: (O, I), any strides; None gives the delta alone.
         bias: (O,) or None.
-        down, up: (R, I) and (O, R), in their own precision; gradients come back in it.
-        dropout: probability of dropping an element of the delta's input, rounded to 1/256; 0 when evaluating.
-            The mask comes from a seed drawn from torch's CPU generator and is never stored.
-        mask: weights of the inner coordinates, broadcastable to (..., R), or None.
+        down, up: (R, I) and (O, R) in any precision; their gradients come back in it. Stacked factors
+            (G, R, I) and (G, O, R) serve G equal runs of consecutive rows of x, one pair each.
+        scale: factor of the delta.
+        dropout: probability of dropping an element of the delta's input, rounded to a multiple of 1/256 (what
+            is kept is rescaled by the rounded rate); 0 when evaluating. No mask is stored, see `Drop`. Under
+            compilation and functorch it is torch's own dropout.
+        mask: weights of the inner coordinates, broadcastable to (..., R); may require a gradient.
+
+    Returns: (..., O) in the precision of x (of autocast where it is on).
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if _traced():
         return _plain(x, weight, bias, down, up, mask, scale, dropout)
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    drop = _draw(dropout) if dropout else None
-    return _LowRank.apply(x, weight, bias, down, up, mask, scale, drop, dtype)
+    dtype = _compute_dtype(x)
+    drop = Drop.draw(dropout) if dropout else None
+    if torch.is_grad_enabled() and _any_tracked(x, weight, bias, down, up, mask):
+        return _LowRankLinear.apply(x, weight, bias, down, up, mask, scale, drop, dtype)
+    if x.dtype != dtype:
+        x, weight, bias = x.to(dtype), _cast(weight, dtype), _cast(bias, dtype)
+    return _product(x, weight, bias, down, up, mask, scale, drop)
+
+
+def low_rank_embedding(
+    ids: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    *,
+    padding_idx: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """What a low-rank delta adds to an embedding: scale (A[:, ids])ᵀ Bᵀ; only `ids` and the factors are kept.
+
+    Args:
+        ids: (...) token numbers.
+        down, up: (R, V) and (C, R).
+        scale: factor of the delta.
+        padding_idx: a row that never learns, as in `torch.nn.Embedding`.
+        dtype: precision of the answer (the host's); that of `up` by default.
+
+    Returns: (..., C).
+    """
+    dtype = dtype or up.dtype
+    if torch.is_grad_enabled() and not _traced() and _any_tracked(down, up):
+        return _LowRankEmbedding.apply(ids, down, up, scale, padding_idx, dtype)
+    inner = functional.embedding(ids, down.t(), padding_idx).to(dtype)
+    return functional.linear(inner * scale, up.to(dtype))
+
+
+def _traced() -> bool:
+    """Whether somebody else differentiates or records: functorch, the compiler, the tracer."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+        or torch.jit.is_tracing()
+    )
+
+
+def _any_tracked(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """The definition, in operations that every tracer and transform knows."""
+    dtype = _compute_dtype(x)
+    dropped = functional.dropout(x, dropout) if dropout else x
+    inner = (_rows(dropped.to(dtype), down) @ down.to(dtype).mT * scale).reshape(*x.shape[:-1], -1)
+    if mask is not None:
+        inner = inner * mask.to(dtype)
+    delta = (_rows(inner, up) @ up.to(dtype).mT).reshape(*x.shape[:-1], -1)
+    return delta if weight is None else functional.linear(x, weight, bias) + delta
+
+
+def _rows(x: Tensor, factor: Tensor) -> Tensor:
+    """x (..., C) as (N, C), or as (G, N / G, C) beside stacked factors."""
+    return x.reshape(*factor.shape[:-2], -1, x.shape[-1])
+
+
+def _masked(inner: Tensor, mask: Tensor | None, lead: torch.Size) -> Tensor:
+    """Rows of inner coordinates times the mask given in the leading shape of the input."""
+    if mask is None:
+        return inner
+    return (inner.view(*lead, -1) * mask.to(inner.dtype)).view(inner.shape)
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    drop: Drop | None,
+) -> Tensor:
+    """The whole product in the precision of x, in place where no gradient is recorded."""
+    dropped, gain = (x, scale) if drop is None else (drop.apply(x), scale * drop.gain)
+    inner = _masked(_rows(dropped, down) @ down.to(x.dtype).mT, mask, x.shape[:-1])
+    outer = up.to(x.dtype).mT
+    if weight is None:
+        return (inner.mul_(gain) @ outer).view(*x.shape[:-1], -1)
+    y = functional.linear(x, weight, bias)
+    rows = y.view(*inner.shape[:-1], -1)
+    (rows.addmm_ if rows.dim() == 2 else rows.baddbmm_)(inner, outer, alpha=gain)
+    return y
+
+
+class _LowRankLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        drop: Drop | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        _, to_weight, _, to_down, to_up, to_mask, *_ = ctx.needs_input_grad
+        reads_x = to_weight or to_down or to_up or to_mask
+        ctx.save_for_backward(x if reads_x else None, weight, down, up, mask)
+        ctx.scale, ctx.drop, ctx.lead, ctx.x_dtype = scale, drop, x.shape[:-1], x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if x.dtype != dtype:
+            x, weight, bias = x.to(dtype), _cast(weight, dtype), _cast(bias, dtype)
+        return _product(x, weight, bias, down, up, mask, scale, drop)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_autocast_enabled(dy.device.type):
+            return (*_gradients(ctx, dy), None, None, None)
+        with torch.autocast(dy.device.type, enabled=False):
+            return (*_gradients(ctx, dy), None, None, None)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias, down, up and mask, each None unless needed."""
+    x, weight, down, up, mask = ctx.saved_tensors
+    to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
+    x = None if x is None else x.to(dy.dtype)
+    flat, rows = dy.reshape(-1, dy.shape[-1]), _rows(dy, up)
+    gain = ctx.scale if ctx.drop is None else ctx.scale * ctx.drop.gain
+    unmasked = rows @ (up * gain).to(dy.dtype)
+    inner = _masked(unmasked, mask, ctx.lead)
+    dx = dweight = dbias = None
+    if to_weight and x is not None:
+        dweight = (flat.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+    if to_bias:
+        dbias = flat.sum(0).to(ctx.bias_dtype)
+    factors = _factor_gradients(ctx, (x, down, up, mask), rows, unmasked, inner, gain)
+    if to_x:
+        dx = inner @ down.to(dy.dtype)
+        dx = (dx if ctx.drop is None else ctx.drop.apply(dx)).view(-1, down.shape[-1])
+        if weight is not None:
+            dx.addmm_(flat, weight.to(dy.dtype))
+        dx = dx.view(*ctx.lead, -1).to(ctx.x_dtype)
+    return dx, dweight, dbias, *factors
+
+
+def _factor_gradients(
+    ctx: Any, saved: tuple[Tensor, ...], dy: Tensor, unmasked: Tensor, dinner: Tensor, gain: float
+) -> tuple[Tensor | None, ...]:
+    """Gradients of down, up and mask; `unmasked` and `dinner` hold the gain, x Aᵀ is made anew."""
+    x, down, up, mask = saved  # unpacked once: recomputation refuses a second time
+    to_down, to_up, to_mask = ctx.needs_input_grad[3:6]
+    if x is None or not (to_down or to_up or to_mask):
+        return None, None, None
+    dropped = _rows(x if ctx.drop is None else ctx.drop.apply(x), down)
+    ddown = (dinner.mT @ dropped).to(down.dtype) if to_down else None
+    if not (to_up or to_mask):
+        return ddown, None, None
+    inner = dropped @ down.to(dy.dtype).mT
+    dup = (dy.mT @ _masked(inner, mask, ctx.lead)).to(up.dtype) * gain if to_up else None
+    if not to_mask:
+        return ddown, dup, None
+    dmask = (unmasked * inner).view(*ctx.lead, -1).sum_to_size(mask.shape).to(mask.dtype)
+    return ddown, dup, dmask
+
+
+class _LowRankEmbedding(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
+        padding_idx: int | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(ids, down, up)
+        ctx.scale, ctx.padding_idx = scale, padding_idx
+        inner = functional.embedding(ids, down.t()).to(dtype)
+        return functional.linear(inner.mul_(scale), up.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ids, down, up = ctx.saved_tensors
+        _, to_down, to_up, *_ = ctx.needs_input_grad
+        ids, flat = ids.reshape(-1), dy.reshape(-1, dy.shape[-1])
+        ddown = dup = None
+        if to_up:
+            inner = functional.embedding(ids, down.t()).to(dy.dtype)
+            dup = (flat.t() @ inner).to(up.dtype) * ctx.scale
+        if to_down:
+            dinner = (flat @ (up * ctx.scale).to(dy.dtype)).to(down.dtype)
+            if ctx.padding_idx is not None:
+                dinner = dinner * (ids != ctx.padding_idx).unsqueeze(1)
+            table = dinner.new_zeros(down.shape[1], down.shape[0])
+            ddown = table.index_add(0, ids, dinner).t().contiguous()
+        return None, ddown, dup, None, None, None
