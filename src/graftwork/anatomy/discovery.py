@@ -2,9 +2,9 @@
 
 Layers are children of one class, repeated in a ModuleList or Sequential (or several such runs of like names, as the
 stages of a convolutional network); plain Sequentials are looked through. What lies inside a layer is told by
-`roles`. Outside layers, a linear layer is the task head when it is the last one under a name that can mean nothing
-else (`classifier`, `fc`, `head`, ...), a projection to the vocabulary when it shares or mirrors an embedding, and
-`linear` otherwise: nothing in a plain Sequential is called a head.
+`roles`. Outside layers, a linear layer is the task head when it is the last one under a top-level name that can mean
+nothing else (`classifier`, `fc`, `head`, ...; beside a base of a known family, each one under it), a projection to
+the vocabulary when it shares or mirrors an embedding, and `linear` otherwise: nothing in a plain Sequential is a head.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from graftwork.anatomy.roles import attention_modules, is_attention, roles
 from graftwork.anatomy.walk import children, expand, join, walk
 from graftwork.reference.site import Kind
 
-_RUN_NAMES = {"layers", "layer", "blocks", "block", "h", "resblocks"}
+_RUN_NAME = re.compile(r"(^h|layers?|blocks?)$")
 _HEADS = {"classifier", "fc", "head", "heads", "score", "qa_outputs", "classification_head", "cls_head"}
 _STACKS = {"encoder": "encoder", "decoder": "decoder", "visual": "vision", "vision": "vision", "image": "vision",
            "text": "text", "language": "text"}  # fmt: skip
@@ -42,7 +42,7 @@ def discover(model: nn.Module, taken: set[int], others: bool = False) -> Anatomy
     for container, path, layer in _layers("", model, taken):
         runs.setdefault((_class_of(layer), re.sub(r"\d+", "*", container)), []).append((path, layer))
     inside = {id(m) for layers in runs.values() for _, layer in layers for _, m in walk(layer)}
-    outside = list(_outside(model, taken | inside, bool(runs or others)))
+    outside = list(_outside(model, taken | inside, bool(runs or others), others))
     causal = any(workspace == "lm_head" for workspace, _ in outside) or _CAUSAL.search(type(model).__name__)
     names = _names([key[1] for key in runs], others)
     stacks = [_stack(layers, name, bool(causal)) for layers, name in zip(runs.values(), names, strict=True)]
@@ -82,7 +82,7 @@ def _repeated(path: str, module: nn.Module, taken: set[int]) -> set[str]:
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return set()
     kinds = [_class_of(child) for _, child in children(module) if _composite(child, taken)]
-    least = 1 if len(kinds) == 1 and path.rpartition(".")[2] in _RUN_NAMES else 2
+    least = 1 if len(kinds) == 1 and _RUN_NAME.search(path.rpartition(".")[2]) else 2
     return {kind for kind in kinds if kinds.count(kind) >= least}
 
 
@@ -161,7 +161,7 @@ def _names(containers: list[str], others: bool) -> list[str]:
     for container in containers:
         segments = [part for part in container.replace("*", "").split(".") if part]
         told = next((name for part in segments for word, name in _STACKS.items() if word in part), None)
-        plain = [part for part in segments if part not in _RUN_NAMES] or segments or ["stack"]
+        plain = [part for part in segments if not _RUN_NAME.search(part)] or segments or ["stack"]
         name = told or plain[-1]
         while name in names:
             name = f"{name}_"
@@ -169,13 +169,13 @@ def _names(containers: list[str], others: bool) -> list[str]:
     return names
 
 
-def _outside(model: nn.Module, taken: set[int], stacked: bool) -> Iterator[tuple[str, str]]:
+def _outside(model: nn.Module, taken: set[int], stacked: bool, known: bool) -> Iterator[tuple[str, str]]:
     """(workspace, path) of every loose module outside layers."""
     loose = [
         (p, m, found) for p, m in walk(model) if id(m) not in taken and (found := measure(m)) is not None
     ]
     tables = [m for _, m in walk(model) if isinstance(m, nn.Embedding)]
-    heads = _last_under_head_names(loose)
+    heads = _head_paths(loose, whole=known)
     for path, module, found in loose:
         if found.kind is Kind.LINEAR:
             vocabulary = _is_vocabulary(path, module, found, tables)
@@ -184,13 +184,14 @@ def _outside(model: nn.Module, taken: set[int], stacked: bool) -> Iterator[tuple
             yield _plain_role(path, found, stacked), path
 
 
-def _last_under_head_names(loose: list[tuple[str, nn.Module, Measure]]) -> set[str]:
-    last: dict[str, str] = {}
+def _head_paths(loose: list[tuple[str, nn.Module, Measure]], whole: bool) -> set[str]:
+    """Linear layers under a head's name: all of them beside a known base (the head is the user's own), else the last."""
+    named: dict[str, list[str]] = {}
     for path, _, found in loose:
         name = path.partition(".")[0]
         if name in _HEADS and found.kind is Kind.LINEAR:
-            last[name] = path
-    return set(last.values())
+            named.setdefault(name, []).append(path)
+    return {path for paths in named.values() for path in (paths if whole else paths[-1:])}
 
 
 def _is_vocabulary(path: str, module: nn.Module, found: Measure, tables: list[nn.Embedding]) -> bool:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from graftwork.anatomy.anatomy import Part, Place
-from graftwork.anatomy.measure import Measure, measure
-from graftwork.anatomy.walk import children, join, walk
+from graftwork.anatomy.measure import Measure, measure, measure_parameter
+from graftwork.anatomy.walk import children, expand, join, walk
 from graftwork.reference.site import Access, Kind
 
 _WORDS = {"query": "q", "key": "k", "value": "v"}
@@ -73,13 +73,13 @@ class _Leaf:
 def roles(layer: nn.Module) -> list[Role]:
     """(workspace, place) of every module with a weight inside a layer, paths relative to it."""
     leaves = {p: _Leaf(p, known) for p, m in walk(layer) if (known := measure(m)) is not None}
-    found = [*_multihead(layer), *_state_space(layer, leaves)]
+    found = [*_multihead(layer), *_state_space(layer, leaves), *_experts(layer)]
     _drop(leaves, found)
     attention = list(_attention(layer, leaves))
     _drop(leaves, attention)
     feedforward = list(_feedforward(leaves))
     _drop(leaves, feedforward)
-    rest = [(_plain(leaf), Place(leaf.path)) for leaf in leaves.values()]
+    rest = [(_PLAIN[leaf.measure.kind], Place(leaf.path)) for leaf in leaves.values()]
     return [*found, *attention, *feedforward, *rest]
 
 
@@ -140,6 +140,26 @@ def _state_space(layer: nn.Module, leaves: dict[str, _Leaf]) -> Iterator[Role]:
         for name, workspace in _SSM.items():
             if join(path, name) in leaves:
                 yield workspace, Place(join(path, name), access=_SSM_ACCESS.get(name, Access.CALLED))
+
+
+def _experts(layer: nn.Module) -> Iterator[Role]:
+    """Fused expert weights whose shapes agree as (experts, 2 f, d) and (experts, d, f), and the router beside them."""
+    for path, module in walk(layer):
+        up, down = module._parameters.get("gate_up_proj"), module._parameters.get("down_proj")
+        if up is None or down is None or up.dim() != 3 or up.shape[1:] != (2 * down.shape[2], down.shape[1]):
+            continue
+        above = path.rpartition(".")[0]
+        router = next((name for name in ("gate", "router") if _is_router(layer, join(above, name))), None)
+        yield "feedforward", Place(above)
+        if router is not None:
+            yield "router", Place(join(above, router), parameter="weight")
+        yield "experts.gate_up", Place(path, parameter="gate_up_proj")
+        yield "experts.down", Place(path, parameter="down_proj")
+
+
+def _is_router(layer: nn.Module, path: str) -> bool:
+    hits = expand(layer, path)
+    return bool(hits) and measure(hits[0][1]) is None and measure_parameter(hits[0][1], "weight") is not None
 
 
 def _attention(layer: nn.Module, leaves: dict[str, _Leaf]) -> Iterator[Role]:
@@ -211,10 +231,6 @@ def _first_projections(ups: list[_Leaf], inner: int) -> list[Role]:
     gate = next((up for up in ups if _GATE.search(up.name)), ups[0])
     other = ups[1] if gate is ups[0] else ups[0]
     return [("feedforward.gate", Place(gate.path)), ("feedforward.up", Place(other.path))]
-
-
-def _plain(leaf: _Leaf) -> str:
-    return _PLAIN[leaf.measure.kind]
 
 
 def _which(path: str) -> str:
