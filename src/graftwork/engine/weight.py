@@ -17,6 +17,7 @@ from graftwork.engine import channels, factors, split
 from graftwork.engine.modules import LowRankModule, WeightModule
 from graftwork.engine.operations import Operation, operation_of
 from graftwork.engine.seat import Graft, Seat, stored_parameter
+from graftwork.errors import StateError
 
 Running = tuple[tuple[str, tuple[Graft, ...]], ...]
 
@@ -102,9 +103,19 @@ def _dense(
     before, seat.values = seat.values, changed
     raw, seat.raw = seat.raw, True
     try:
+        _refuse_shadowed(module, seat, changed)
         return base.forward(module, *args, **kwargs)  # type: ignore[attr-defined]
     finally:
         seat.values, seat.raw = before, raw
+
+
+def _refuse_shadowed(module: nn.Module, seat: Seat, changed: dict[str, Tensor]) -> None:
+    for name, value in changed.items():
+        if getattr(module, name) is not value:
+            raise StateError(
+                f"{seat.path}.{name} was parametrized after attach, which hides the adapter's effective weight from "
+                "the forward. Detach, parametrize, then attach again"
+            )
 
 
 def values(module: nn.Module, seat: Seat, grafts: tuple[Graft, ...], names: Iterable[str]) -> dict[str, Tensor]:
