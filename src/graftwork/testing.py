@@ -3,9 +3,9 @@
     model = tiny("llama")                       # two layers, width 32, random, eval mode, the same every time
     logits = model(**tiny_batch("llama")).logits
 
-A name is a family (`bert`), or a family and a task (`bert-classification`, `vit-base`). Weights are larger than a
-fresh initialisation would make them, and biases and norms are off their neutral values, so that a wrong mask, a lost
-bias or a skipped layer shows in the outputs.
+A name is a family (`bert`), or a family and a task (`bert-classification`, `vit-base`). Weights are
+larger than a fresh initialisation would make them, and biases and norms are off their neutral values, so
+that a wrong mask, a lost bias or a skipped layer shows in the outputs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TASKS = {
 
 @dataclass(frozen=True)
 class Family:
-    """How to build one family: class name prefix, default task suffix, what it reads, configuration values."""
+    """How to build one family: class name prefix, default task suffix, what it reads, its configuration."""
 
     prefix: str
     default: str
@@ -228,7 +228,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def tiny(name: str, options: Mapping[str, Any] | None = None, seed: int = 0) -> nn.Module:
-    """A tiny random transformers model: two layers (or two stages of two), width 32, vocabulary 99, eval mode.
+    """A tiny random transformers model: two layers (or stages of two), width 32, vocabulary 99, eval mode.
 
     Args:
         name: a family (its usual model: masked, causal or conditional language model, image classifier), or
@@ -255,7 +255,8 @@ def tiny_batch(
 ) -> dict[str, Tensor]:
     """Inputs of `tiny(name)`'s forward: token ids (batch, length) or pixels (batch, 3, 16, 16), no labels.
 
-    With `padding`, row 0 of a text batch has two padded positions: at the left for decoders, at the right otherwise.
+    With `padding`, row 0 of a text batch has two padded positions: at the left for decoders, else at the
+    right.
     """
     family, suffix = _parse(name)
     generator = torch.Generator().manual_seed(seed)

@@ -1,10 +1,10 @@
 """An anatomy is data: for one model family, which module is which workspace.
 
-Paths are relative to the model that owns `config.model_type` (a family is looked up for each submodel, so a
-classifier around BERT and a captioner around ViT and GPT-2 need no entry of their own). `*` stands for any one path
-segment; a path that a variant lacks is skipped, so one table can serve variants (with or without bias, with one or
-two norms). What a table leaves out is found by rule: a task head or projection to the vocabulary by the class of the
-model around the base, anything else by discovery.
+Paths are relative to the model that owns `config.model_type` (a family is looked up for each submodel, so
+a classifier around BERT and a captioner around ViT and GPT-2 need no entry of their own). `*` stands for
+any one path segment; a path that a variant lacks is skipped, so one table can serve variants (with or
+without bias, with one or two norms). What a table leaves out is found by rule: a task head or projection
+to the vocabulary by the class of the model around the base, anything else by discovery.
 """
 
 from __future__ import annotations
@@ -59,17 +59,19 @@ class Stack:
 
     Args:
         name: "" when the model has one stack, else "encoder", "decoder", "vision", "text".
-        path: module that owns and runs the layers (`decoder`; "" is the base itself): where positions are put in and
-            taken out at the sequence port.
-        layers: patterns of the layers' paths (`encoder.layer.*`), relative to the base; numbered in order found.
-        places: workspaces inside a layer, relative to the layer. `attention` and `feedforward` need no entry: they
-            follow from the first and last projection; an entry names a module to stand for the block instead.
+        path: module that owns and runs the layers (`decoder`; "" is the base itself): where positions are
+            put in and taken out at the sequence port.
+        layers: patterns of the layers' paths (`encoder.layer.*`), relative to the base; numbered as found.
+        places: workspaces inside a layer, relative to the layer. `attention` and `feedforward` need no entry:
+            they follow from the first and last projection; an entry names a module to stand for the block.
         around: workspaces of this stack outside its layers (`embedding`, `norm.final`), relative to the base.
-        attention, cross_attention: attention module inside a layer (attention port), None where there is none.
+        attention, cross_attention: attention module inside a layer (attention port), None where none is.
         attention_reason: why the attention port is refused, where it is.
-        sequence: how positions enter: "stack" (ids or embeddings of the stack), "layers" (input of the first layer,
-            output of the last: vision and audio towers), or None where they cannot, with `sequence_reason`.
-        sequence_start: how many leading positions stay in front of inserted ones (1 where a backbone pools the first).
+        sequence: how positions enter: "stack" (ids or embeddings of the stack), "layers" (input of the first
+            layer, output of the last: vision and audio towers), or None where they cannot, with
+            `sequence_reason`.
+        sequence_start: how many leading positions stay in front of inserted ones (1 where a backbone
+            pools the first).
         causal: attention looks back only.
         channel_axis: axis of the channels in what a layer reads and answers (1 for convolutional networks).
     """

@@ -1,10 +1,11 @@
 """Models never seen: an anatomy read off the modules' names and shapes.
 
-Layers are children of one class, repeated in a ModuleList or Sequential (or several such runs of like names, as the
-stages of a convolutional network); plain Sequentials are looked through. What lies inside a layer is told by
-`roles`. Outside layers, a linear layer is the task head when it is the last one under a top-level name that can mean
-nothing else (`classifier`, `fc`, `head`, ...; beside a base of a known family, each one under it), a projection to
-the vocabulary when it shares or mirrors an embedding, and `linear` otherwise: nothing in a plain Sequential is a head.
+Layers are children of one class, repeated in a ModuleList or Sequential (or several such runs of like
+names, as the stages of a convolutional network); plain Sequentials are looked through. What lies inside a
+layer is told by `roles`. Outside layers, a linear layer is the task head when it is the last one under a
+top-level name that can mean nothing else (`classifier`, `fc`, `head`, ...; beside a base of a known
+family, each one under it), a projection to the vocabulary when it shares or mirrors an embedding, and
+`linear` otherwise: nothing in a plain Sequential is a head.
 """
 
 from __future__ import annotations
@@ -23,11 +24,20 @@ from graftwork.reference.site import Kind
 
 _RUN_NAME = re.compile(r"(^h|layers?|blocks?)$")
 _HEADS = {"classifier", "fc", "head", "heads", "score", "qa_outputs", "classification_head", "cls_head"}
-_STACKS = {"encoder": "encoder", "decoder": "decoder", "visual": "vision", "vision": "vision", "image": "vision",
-           "text": "text", "language": "text"}  # fmt: skip
+_STACKS = {
+    "encoder": "encoder",
+    "decoder": "decoder",
+    "visual": "vision",
+    "vision": "vision",
+    "image": "vision",
+    "text": "text",
+    "language": "text",
+}
 _CAUSAL = re.compile(r"CausalLM|LMHead|GPT")
 _NO_ATTENTION = "no attention was found in it"
-_NO_SEQUENCE = "its family is not in the anatomy, and how a stack takes masks and positions cannot be told from its modules"
+_NO_SEQUENCE = (
+    "its family is not in the anatomy, and how it takes masks and positions cannot be told from its modules"
+)
 
 Found = tuple[str, nn.Module]
 
@@ -96,8 +106,8 @@ def _composite(module: nn.Module, taken: set[int]) -> bool:
 
 
 def _is_stage(module: nn.Module, below: list[tuple[str, str, nn.Module]]) -> bool:
-    """Whether a repeated child only groups layers: they are more than one weight and its norm each, and there is no
-    attention beside them (experts are no layers)."""
+    """Whether a repeated child only groups layers: they are more than one weight and its norm each, and
+    there is no attention beside them (experts are no layers)."""
     if all(_weights(layer) < 2 for _, _, layer in below):
         return False
     inner = {id(m) for _, _, layer in below for _, m in walk(layer)}
@@ -135,7 +145,7 @@ def _stack(layers: list[Found], name: str, causal: bool) -> Stack:
 
 
 def _causal(layers: list[Found], attention: str | None, generates: bool) -> bool:
-    """By the attention modules' own word, else whether the model projects to a vocabulary: looking back only is safe."""
+    """By the attention modules' own word, else whether the model generates: looking back only is safe."""
     if attention is None:
         return False
     told = [getattr(m, "is_causal", None) for _, layer in layers for _, m in expand(layer, attention)]
@@ -185,7 +195,7 @@ def _outside(model: nn.Module, taken: set[int], stacked: bool, known: bool) -> I
 
 
 def _head_paths(loose: list[tuple[str, nn.Module, Measure]], whole: bool) -> set[str]:
-    """Linear layers under a head's name: all of them beside a known base (the head is the user's own), else the last."""
+    """Linear layers under a head's name: all (the head is the user's own, beside a known base) or the last."""
     named: dict[str, list[str]] = {}
     for path, _, found in loose:
         name = path.partition(".")[0]

@@ -1,4 +1,4 @@
-"""What a module is and how wide: kind, matrix and activation widths, read from shapes alone (meta device too)."""
+"""What a module is and how wide: kind, matrix and activation widths, read from shapes (meta device too)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Measure:
 def measure(module: nn.Module) -> Measure | None:
     """The measure of a module with a weight that techniques know how to treat, None for any other.
 
-    Linear layers, transformers' `Conv1D`, quantised linears (by `in_features` and `out_features`), convolutions,
-    embeddings, and norms: whatever has a one-dimensional `weight` and no children.
+    Linear layers, transformers' `Conv1D`, quantised linears (by `in_features` and `out_features`),
+    convolutions, embeddings, and norms: whatever has a one-dimensional `weight` and no children.
     """
     if isinstance(module, nn.Linear):
         return _linear(module, module.in_features, module.out_features)

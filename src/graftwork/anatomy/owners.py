@@ -1,4 +1,4 @@
-"""Which submodels of a model belong to a known family, and the anatomy of the whole that follows from theirs."""
+"""Which submodels of a model belong to a known family, and the anatomy of the whole that follows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def owners(model: nn.Module) -> list[Owner]:
 
 
 def stranger(model: nn.Module) -> list[Owner]:
-    """The model as owner of its base by the convention of `base_model_prefix`, where its family is not known."""
+    """The model as owner of its base, by `base_model_prefix`, where its family is not known."""
     inner = str(getattr(model, "base_model_prefix", ""))
     base = model._modules.get(inner)
     if base is None or not _family(model) or _family(model) in families():
@@ -70,7 +70,7 @@ def merged(parts: list[Anatomy]) -> Anatomy:
 
 
 def head_places(found: list[Owner], taken: set[int]) -> Places:
-    """Workspaces outside the bases, by the class of the model around each: task heads and vocabulary projections."""
+    """Workspaces outside the bases, by the class of the model around each: task head or vocabulary."""
     listed: dict[str, tuple[Place | str, ...]] = {}
     for owner in found:
         for path, workspace in _outside(owner, taken):
@@ -121,7 +121,7 @@ def _family(module: nn.Module) -> str:
 
 
 def _base(path: str, module: nn.Module, anatomy: Anatomy) -> tuple[str, nn.Module] | None:
-    """The module that the table's paths start from: the one behind `base_model_prefix`, or the module itself."""
+    """The module where a table's paths start: the one behind `base_model_prefix`, or the module itself."""
     inner = str(getattr(module, "base_model_prefix", ""))
     below = module._modules.get(inner)
     for where, candidate in ((join(path, inner), below), (path, module)):

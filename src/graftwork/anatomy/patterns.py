@@ -112,7 +112,7 @@ def _is_broad(name: str) -> bool:
 
 
 def _in_layers(found: list[tuple[int, Site]], layers: Layers, broad: bool) -> list[tuple[int, Site]]:
-    """Sites in the chosen layers. A place outside layers goes with "all", and with its own name under any choice."""
+    """Sites in the chosen layers. A place outside layers goes with "all", or with its own name always."""
     if layers == "all":
         return found
     wanted = {s.stack: chosen_layers(layers, s.layers) for _, s in found if s.layer is not None}
@@ -123,7 +123,7 @@ def _nothing(sites: Sequence[Site], entry: Entry) -> str:
     if entry.text.startswith("re:"):
         modules = sorted({site.module for site in sites})
         shown = ", ".join(modules[:6])
-        return f"no module name matches {entry.text!r} as a whole. There are {len(modules)} modules: {shown}, ..."
+        return f"no module name matches {entry.text!r} as a whole. There are {shown}, ... ({len(modules)})"
     here = sorted({site.workspace for site in sites})
     stacks = sorted({site.stack for site in sites if site.stack})
     wanted = " or ".join(repr(name) for name in entry.alternatives)

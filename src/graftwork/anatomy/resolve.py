@@ -19,8 +19,8 @@ from graftwork.reference.site import Site
 def anatomy_of(model: nn.Module) -> Anatomy:
     """The anatomy of a model, with paths from its root.
 
-    Submodels of known families (by `config.model_type`) get their family's table, heads around them follow from the
-    class of the model, and everything else is discovered.
+    Submodels of known families (by `config.model_type`) get their family's table, heads around them follow
+    from the class of the model, and everything else is discovered.
     """
     found = owners(model)
     known = known_anatomy(found)
@@ -45,10 +45,10 @@ def select_sites(
         model: any model; it is only read.
         workspaces: entries as `graftwork.anatomy.patterns` describes them.
         layers: which layers of each stack; a place outside layers goes with "all" or when named itself.
-        port: at the weight port a site is a module with a weight; at the hidden port an activation (a block's last
-            module, with its first as `entry`); at the attention port an attention module; at the sequence port a
-            stack (`embedding`, with the first layer as `entry` where positions are put in between layers) or,
-            for deep prompts, a layer (`layer`).
+        port: at the weight port a site is a module with a weight; at the hidden port an activation (a
+            block's last module, with its first as `entry`); at the attention port an attention module; at
+            the sequence port a stack (`embedding`, with the first layer as `entry` where positions are
+            put in at the layers) or, for deep prompts, a layer (`layer`).
 
     Raises:
         NothingMatches: an entry without `?` selects nothing. PortUnavailable: the model refuses the port.
@@ -75,7 +75,7 @@ def head_sites(model: nn.Module) -> tuple[Site, ...]:
 
 
 def stack_of(model: nn.Module, site: Site) -> Stack:
-    """The stack that a site belongs to, with paths from the model's root (`sequence_start`, `layers`, ...)."""
+    """The stack of a site (`sequence_start`, `causal`, ...), with paths from the model's root."""
     return next(stack for stack in anatomy_of(model).stacks if stack.name == site.stack)
 
 
@@ -124,5 +124,5 @@ def _hint(workspaces: tuple[str, ...], port: Port) -> str:
     blocks = {*BLOCKS, "layer", "feedforward.activation"}
     named = sorted({name for text in workspaces for name in parse(text).alternatives} & blocks)
     if port is Port.WEIGHT and named:
-        return f". {', '.join(named)} is a place without a weight of its own: name its projections, `attention.*`"
+        return f". {', '.join(named)} has no weight of its own: name its projections (`attention.*`)"
     return ""

@@ -1,8 +1,9 @@
 """What the modules inside one unknown layer do, by their names and shapes.
 
-Attention is a module with query, key and value projections (or one fused) under usual names, and the output
-projection beside them; `nn.MultiheadAttention` is known as it is. Of the remaining linear layers, one or two that
-widen and one that narrows back are a feed-forward. Anything left is `linear`, `conv`, `norm`.
+Attention is a module with query, key and value projections (or one fused) under usual names, and the
+output projection beside them; `nn.MultiheadAttention` is known as it is. Of the remaining linear layers,
+one or two that widen and one that narrows back are a feed-forward. Anything left is `linear`, `conv`,
+`norm`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ _NAMES = {
     ]
     for part, letter in _WORDS.items()
 }
-_FUSED = {"qkv", "qkv_proj", "proj_qkv", "to_qkv", "wqkv", "w_qkv", "w_pack", "query_key_value", "c_attn", "in_proj",
-          "attn_qkv", "qkv_linear"}  # fmt: skip
-_OUTPUT = {"o", "out", "o_proj", "out_proj", "output_proj", "proj_out", "c_proj", "proj", "dense", "out_lin", "to_out",
-           "wo", "w_o", "o_linear", "linear_out", "output", "fc"}  # fmt: skip
+_FUSED = frozenset(
+    "qkv qkv_proj proj_qkv to_qkv wqkv w_qkv w_pack query_key_value c_attn in_proj attn_qkv qkv_linear".split()
+)
+_OUTPUT = frozenset(
+    "o out o_proj out_proj output_proj proj_out c_proj proj dense out_lin to_out wo w_o o_linear linear_out "
+    "output fc".split()
+)
 _CROSS = re.compile(r"cross|encoder_attn|encdec|enc_dec|multihead_attn|attn2|src_attn", re.IGNORECASE)
 _GATE = re.compile(r"gate|^w1$|^wi_0$")
 _SSM = {
@@ -143,7 +147,7 @@ def _state_space(layer: nn.Module, leaves: dict[str, _Leaf]) -> Iterator[Role]:
 
 
 def _experts(layer: nn.Module) -> Iterator[Role]:
-    """Fused expert weights whose shapes agree as (experts, 2 f, d) and (experts, d, f), and the router beside them."""
+    """Fused expert weights shaped (experts, 2 f, d) and (experts, d, f), and the router beside them."""
     for path, module in walk(layer):
         up, down = module._parameters.get("gate_up_proj"), module._parameters.get("down_proj")
         if up is None or down is None or up.dim() != 3 or up.shape[1:] != (2 * down.shape[2], down.shape[1]):

@@ -167,8 +167,8 @@ def _attention_site(run: Run, layer: Layer, workspace: str, path: str, module: n
     return Site(
         key="", workspace=workspace, kind=Kind.ATTENTION, module=path,
         stack=where.stack, layer=where.layer, layers=where.layers, causal=where.causal,
-        key_width=key.width_out if key else 0, value_width=value.width_out if value else 0, heads=key_heads(module),
-        dtype=stored.dtype, device=stored.device,
+        key_width=key.width_out if key else 0, value_width=value.width_out if value else 0,
+        heads=key_heads(module), dtype=stored.dtype, device=stored.device,
     )  # fmt: skip
 
 

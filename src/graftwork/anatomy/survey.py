@@ -72,7 +72,7 @@ def survey(model: nn.Module, anatomy: Anatomy) -> Survey:
 
 
 def key_heads(module: nn.Module) -> int:
-    """Number of key and value heads of an attention module, by its own or its configuration's word; 0 unknown."""
+    """Number of key and value heads of an attention module, by its own or its config's word; 0 unknown."""
     return _number(module, _KEY_HEADS) or query_heads(module)
 
 

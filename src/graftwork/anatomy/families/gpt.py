@@ -1,4 +1,4 @@
-"""Decoders with a fused query-key-value projection or plain feed-forward: GPT-2, GPT-NeoX, OPT, BLOOM, Falcon."""
+"""Decoders with a fused query-key-value projection or a plain feed-forward, from GPT-2 to Falcon."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ BLOOM = Anatomy(
     ),
 )
 
-# Falcon has three layouts of its fused projection, chosen by configuration, so only the whole of it is a workspace.
+# Falcon has three layouts of its fused projection, chosen by configuration, so only the whole is a workspace.
 FALCON = Anatomy(
     families=("falcon",),
     stacks=(

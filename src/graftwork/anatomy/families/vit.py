@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graftwork.anatomy.anatomy import Anatomy, Places, Stack
 
-_WINDOWS = "Swin cuts its positions into windows, so added ones have no place; use the attention port (prefix tuning)"
+_WINDOWS = "Swin cuts its positions into windows, so added ones have no place; use prefix tuning"
 
 
 def _layer(norms: tuple[str, ...], output: str = "o_proj", attention: str = "attention") -> Places:
