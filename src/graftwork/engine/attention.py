@@ -25,6 +25,7 @@ from graftwork.reference.site import Site
 _NAME = "graftwork"
 _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "_graft_eager"
+_FUNCTIONS = "_graft_functions"
 
 
 class _View:
@@ -49,7 +50,7 @@ def members(base: type) -> dict[str, Any]:
     return {
         "config": property(_config, _set_config),
         _EAGER: staticmethod(_eager(function)),
-        "_graft_registry": registry,
+        _FUNCTIONS: registry,
     }
 
 
@@ -93,7 +94,7 @@ def attend(
 def _attend(module: nn.Module, seat: Seat, call: Call) -> tuple[Tensor, Tensor | None]:
     seat.touch(Port.ATTENTION)
     name = str(module.config._attn_implementation)  # type: ignore[union-attr]
-    original = module._graft_registry.get_interface(name, getattr(module, _EAGER))  # type: ignore[union-attr,operator]
+    original = getattr(module, _FUNCTIONS).get_interface(name, getattr(module, _EAGER))
     extra = prefix.gather(seat, call.key, call.value)
     if extra is not None:
         _refuse_reordered(module, f"attention port: {seat.path}")

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from graftwork.engine.presence import Facts
 from graftwork.engine.route import Route
 from graftwork.errors import StateError
 
@@ -60,6 +61,7 @@ class State:
             it was split from, if it was.
         frozen: base parameter name -> requires_grad as found at the first attach.
         seated: dotted names of the modules that carry a seat.
+        facts: how the sites were reached when they were grafted.
         unreached: the next forward checks that the host came by every running site.
         ungraded: the next backward checks that each trainable adapter tensor got a gradient.
         lock: held while a seated module is called, so that threads take turns.
@@ -79,6 +81,7 @@ class State:
         self.originals: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {}
         self.frozen: dict[str, bool] = {}
         self.seated: frozenset[str] = frozenset()
+        self.facts = Facts()
         self.unreached = False
         self.ungraded = False
         self.lock = threading.RLock()

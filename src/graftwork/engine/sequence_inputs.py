@@ -1,0 +1,212 @@
+"""What a stack is given, with slots among its positions.
+
+B samples, T own positions of this call, P own positions in the cache, n slots, C channels
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftwork.engine import sequence_cache as caches
+from graftwork.engine.sequence_facts import Facts
+from graftwork.engine.sequence_layout import Layout
+from graftwork.engine.sequence_slots import Slots
+from graftwork.errors import PortUnavailable, StateError
+
+Call = dict[str, Any]
+_KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"}
+
+
+def bound(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Call) -> Call:
+    """All arguments by name; a head may hand them over either way."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def extent(call: Call) -> tuple[int, int]:
+    """(B, T) of a call."""
+    ids = call.get("input_ids")
+    given = ids if ids is not None else call.get("inputs_embeds")
+    if given is None:
+        raise StateError("a stack with a prompt needs input_ids or inputs_embeds")
+    return int(given.shape[0]), int(given.shape[1])
+
+
+def padding_mask(call: Call) -> Tensor | None:
+    """The (B, P + T) padding mask among the arguments, None without one or where it is a finished 4D mask."""
+    mask = call.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def entering(module: nn.Module, facts: Facts, call: Call, slots: Slots) -> tuple[Call, Tensor | None]:
+    """A call with the prompt put in, and positions for a table that counts by itself; lays the slots out."""
+    _refuse_unknown(facts, call, slots)
+    embeds = call.get("inputs_embeds")
+    if embeds is None:
+        embeds = module.get_input_embeddings()(call["input_ids"])  # type: ignore[operator]
+    mask = padding_mask(call)
+    layout = slots.lay_out(mask, len(embeds), facts.keep, facts.front, embeds.device)
+    out = {**call, "input_ids": None, "inputs_embeds": layout.merge(slots.values(embeds), embeds)}
+    out["attention_mask"] = wide_mask(call.get("attention_mask"), layout, embeds.shape[1], facts.causal, True)
+    types = call.get("token_type_ids")
+    if types is not None:
+        out["token_type_ids"] = layout.merge(
+            types.new_zeros(len(embeds), layout.length), types.expand(len(embeds), -1)
+        )
+    return _with_positions(facts, call, out, layout, 0, embeds.shape[1], prefill=True)
+
+
+def continuing(facts: Facts, call: Call, layout: Layout, cache: Any) -> tuple[Call, Tensor | None]:
+    """A call whose cache holds the slots: nothing is put in, masks and positions make room for them."""
+    batch, tokens = extent(call)
+    layout = layout.repeated(batch, "the prompt in this cache")
+    if facts.cache == "cache_params":  # state-space: the state has gone past the padding
+        return call, None
+    past = caches.length(cache)
+    out = dict(call)
+    if call.get("attention_mask") is not None or layout.counts is not None:
+        total = _whole(cache, past, tokens)
+        out["attention_mask"] = wide_mask(call.get("attention_mask"), layout, total, facts.causal, False)
+    return _with_positions(facts, call, out, layout, past, tokens, prefill=False)
+
+
+def _whole(cache: Any, past: Any, tokens: int) -> int:
+    """P + T, or what a static cache can hold: its length is on the device."""
+    return past + tokens if isinstance(past, int) else caches.own(cache).get_max_length()
+
+
+def wide_mask(mask: Any, layout: Layout, total: int, causal: bool, prefill: bool) -> Any:
+    """A mask with the slots' columns (and rows, where they are queries too)."""
+    if isinstance(mask, dict):
+        return {kind: wide_mask(value, layout, total, causal, prefill) for kind, value in mask.items()}
+    if mask is None:
+        if layout.counts is None:
+            return None
+        mask = torch.ones(len(layout.start), total, dtype=torch.long, device=layout.start.device)
+    if not isinstance(mask, Tensor):
+        raise PortUnavailable(
+            f"a prompt cannot be put into a {type(mask).__name__}; use model.set_attn_implementation('sdpa')"
+        )
+    if mask.dim() == 2:
+        return layout.merge(layout.used().to(mask.dtype), mask)
+    return _wide_square(mask, layout, causal, prefill)
+
+
+def _wide_square(mask: Tensor, layout: Layout, causal: bool, prefill: bool) -> Tensor:
+    """(B, H or 1, Q or 1, K) with n more columns and, where Q are all positions of a prefill, n more rows."""
+    mask = mask.expand(len(layout.start), *mask.shape[1:])
+    wide = _columns(mask, _as(mask, layout.used())[:, None, None].expand(*mask.shape[:-1], -1), layout)
+    if not prefill or mask.shape[2] == 1:
+        return wide
+    shown = layout.used()[:, None].expand(-1, layout.length, -1)
+    if causal:
+        shown = shown & torch.ones(layout.length, layout.length, dtype=torch.bool, device=mask.device).tril()
+        seen = _as(mask, torch.zeros(mask.shape[3], dtype=torch.bool, device=mask.device)).expand_as(
+            mask[:, :, :1]
+        )
+    else:
+        seen = mask.amax(2, keepdim=True) if mask.is_floating_point() else mask.any(2, keepdim=True)
+    seen = seen.expand(-1, -1, layout.length, -1)
+    rows = _columns(seen, _as(mask, shown)[:, None].expand(*seen.shape[:-1], -1), layout)
+    return layout.merge(rows.movedim(2, 1), wide.movedim(2, 1)).movedim(1, 2)
+
+
+def _columns(own: Tensor, slots: Tensor, layout: Layout) -> Tensor:
+    return layout.merge(slots.movedim(3, 1), own.movedim(3, 1)).movedim(1, 3)
+
+
+def _as(mask: Tensor, shown: Tensor) -> Tensor:
+    """True and false in the way `mask` says it: bool or integer, or added to the scores."""
+    if not mask.is_floating_point():
+        return shown.to(mask.dtype)
+    return mask.new_zeros(shown.shape).masked_fill(~shown, torch.finfo(mask.dtype).min)
+
+
+def _with_positions(
+    facts: Facts, call: Call, out: Call, layout: Layout, past: Any, tokens: int, prefill: bool
+) -> tuple[Call, Tensor | None]:
+    places = positions(facts, call, layout, past, tokens, prefill)
+    _check_room(facts, layout, past, tokens, places)
+    if places is None or facts.table:
+        return out, places
+    return {**out, "position_ids": places}, None
+
+
+def positions(
+    facts: Facts, call: Call, layout: Layout, past: Any, tokens: int, prefill: bool
+) -> Tensor | None:
+    """(B, n + T) at prefill, else (B, T): a row's own positions as they were, behind its prompt moved by the
+    prompt's length; the prompt counts up from where its first own position would be. None when counting
+    memory says the same."""
+    if not facts.positions and not facts.table:
+        return None
+    given = call.get("position_ids")
+    plain = given is None and padding_mask(call) is None and layout.counts is None
+    if plain and facts.positions != "ids":
+        return None
+    base = _base(facts, call, layout, past, tokens) if given is None else given
+    if base.dim() != 2:
+        raise PortUnavailable(
+            f"{facts.where}: position_ids of shape {tuple(base.shape)}: a prompt needs (batch, tokens)"
+        )
+    base = base.expand(len(layout.start), -1)
+    if not prefill:
+        return base + layout.lengths[:, None]
+    order = torch.arange(tokens, device=base.device)
+    moved = base + torch.where(order < layout.start[:, None], 0, layout.lengths[:, None])
+    first = base.gather(1, layout.start.clamp(max=tokens - 1)[:, None])
+    slots = torch.where(layout.used(), first + torch.arange(layout.length, device=base.device), 0)
+    return layout.merge(slots, moved)
+
+
+def _base(facts: Facts, call: Call, layout: Layout, past: Any, tokens: int) -> Tensor:
+    """(B or 1, T) positions as the family counts them where none are given."""
+    mask, ids = padding_mask(call), call.get("input_ids")
+    if facts.positions == "mask" and mask is not None:
+        return ((mask.cumsum(1) * mask) - 1).long()[:, -tokens:]
+    if facts.positions == "ids" and ids is not None:
+        real = ids.ne(facts.padding).long()
+        return (real.cumsum(1) + past) * real + facts.padding
+    start = facts.padding + 1 if facts.positions == "ids" else past
+    return (torch.arange(tokens, device=layout.start.device) + start)[None]
+
+
+def _check_room(facts: Facts, layout: Layout, past: Any, tokens: int, places: Tensor | None) -> None:
+    if not facts.rows or not isinstance(past, int) or layout.length + past + tokens <= facts.rows:
+        return
+    if torch.compiler.is_compiling():
+        return
+    if places is not None:
+        last = int(places.max()) - (facts.padding if facts.positions == "ids" else -1)
+        if last <= facts.rows:
+            return
+    raise StateError(
+        f"prompt {layout.length} + sequence {past + tokens} exceeds the {facts.rows} learned positions of "
+        f"{facts.where}; shorten either"
+    )
+
+
+def _refuse_unknown(facts: Facts, call: Call, slots: Slots) -> None:
+    _refuse_packed(facts, call)
+    extents = extent(call)
+    for name, value in call.items():
+        strange = name not in _KNOWN and not name.startswith("encoder_") and isinstance(value, Tensor)
+        if strange and extents[1] > 1 and tuple(value.shape[:2]) == extents:
+            raise PortUnavailable(
+                f"{facts.where}: prompt {slots.names} does not know what {name!r} {tuple(value.shape)} should "
+                "be at its own positions; use the attention port (prefix tuning)"
+            )
+
+
+def _refuse_packed(facts: Facts, call: Call) -> None:
+    places, mask = call.get("position_ids"), call.get("attention_mask")
+    packed = any(call.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+    if not packed and places is not None and mask is None and not torch.compiler.is_compiling():
+        packed = places.dim() == 2 and bool((places.diff(dim=-1) != 1).any())
+    if packed:
+        raise StateError(
+            f"{facts.where}: packed sequences (position_ids restart): a prompt would reach the first "
+            "document only. Pad them into rows, or use the attention port (prefix tuning)"
+        )

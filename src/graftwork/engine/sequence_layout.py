@@ -1,0 +1,115 @@
+"""Where slots lie among a row's own positions: one index builds what a stack reads, its inverse takes it off.
+
+A row of n slots and T own positions is laid out as
+
+    [filler][positions before `start`][prompt][the rest]    filler in front: windows stay together
+    [positions before `start`][prompt][filler][the rest]    filler behind: the first stays the first
+
+where a prompt shorter than n leaves filler. `start` counts leading padding and what must stay in front (CLS).
+
+    B samples, T own positions, n slots, C channels
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graftwork.errors import RouteError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Slots of one batch.
+
+    Attributes:
+        length: n, slots in every row.
+        start: (B,) own positions in front of the prompt.
+        counts: (B,) positions of each row's prompt; None: n in every row.
+        front: filler in front of the row, else behind the prompt.
+    """
+
+    length: int
+    start: Tensor
+    counts: Tensor | None
+    front: bool
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) positions of each row's prompt."""
+        return torch.full_like(self.start, self.length) if self.counts is None else self.counts
+
+    def used(self) -> Tensor:
+        """(B, n) true where a slot holds a prompt position, the prompt first."""
+        return self._order() < self.lengths[:, None]
+
+    def slots(self) -> Tensor:
+        """(B, n) where each slot lies: the prompt's in order, then the filler's."""
+        order, start = self._order(), self.start[:, None]
+        if not self.front:
+            return order + start
+        count = self.lengths[:, None]
+        return torch.where(order < count, order + start + (self.length - count), order - count)
+
+    def own(self, total: int) -> Tensor:
+        """(B, total) where each own position lies."""
+        order = torch.arange(total, device=self.start.device)
+        before = (self.length - self.lengths)[:, None] if self.front else 0
+        return order + torch.where(order < self.start[:, None], before, self.length)
+
+    def merge(self, slots: Tensor, own: Tensor) -> Tensor:
+        """(B, n + T, ...) of what the slots hold (B, n, ...) and what the row holds (B, T, ...)."""
+        source = torch.empty(
+            len(self.start), self.length + own.shape[1], dtype=torch.long, device=self.start.device
+        )
+        where = torch.cat([self.slots(), self.own(own.shape[1])], dim=1)
+        source = source.scatter(1, where, torch.arange(where.shape[1], device=where.device).expand_as(where))
+        return _pick(torch.cat([slots, own], dim=1), source)
+
+    def take(self, whole: Tensor, dim: int = 1) -> Tensor:
+        """The own positions of `whole`, whose dimension `dim` has slots among them."""
+        where = self.own(whole.shape[dim] - self.length)
+        return (
+            whole.movedim(dim, 1)
+            if not where.shape[1]
+            else _pick(whole.movedim(dim, 1), where).movedim(1, dim)
+        )
+
+    def repeated(self, batch: int, what: str) -> Layout:
+        """The layout for a batch that is a multiple of this one's (beams, several answers each)."""
+        size = len(self.start)
+        if batch == size:
+            return self
+        if batch % size:
+            raise RouteError(f"{what} was laid out for {size} rows, now there are {batch}")
+        return self.select(torch.arange(size, device=self.start.device).repeat_interleave(batch // size))
+
+    def select(self, rows: Tensor) -> Layout:
+        """The layout of some rows (beams re-ordered)."""
+        rows = rows.to(self.start.device)
+        counts = None if self.counts is None else self.counts.index_select(0, rows)
+        return Layout(self.length, self.start.index_select(0, rows), counts, self.front)
+
+    def _order(self) -> Tensor:
+        return torch.arange(self.length, device=self.start.device)
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """values (B, S, ...) at index (B, P) -> (B, P, ...)."""
+    while index.dim() < values.dim():
+        index = index.unsqueeze(-1)
+    return values.gather(1, index.expand(-1, -1, *values.shape[2:]))
+
+
+def leading(mask: Tensor, keep: int) -> Tensor:
+    """(B,) own positions in front of a prompt: leading padding of a mask (B, T) and `keep` more."""
+    return ((mask.cumsum(1) == 0).sum(1) + keep).clamp(max=mask.shape[1])
+
+
+def table(rows: list[list[Tensor]], length: int, like: Tensor) -> Tensor:
+    """(rows, length, C): each row's pieces one after another, padded, in the precision of `like` (..., C)."""
+    made = [torch.cat(pieces) if pieces else like.new_zeros(0, like.shape[-1]) for pieces in rows]
+    return torch.stack([functional.pad(row.to(like.dtype), (0, 0, 0, length - len(row))) for row in made])

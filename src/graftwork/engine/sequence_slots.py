@@ -1,0 +1,193 @@
+"""Which positions running prompts give to each row of one forward of a stack.
+
+B samples, n slots, R distinct rows (1, or one for each routed adapter and an empty one), C channels
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwork.engine.seat import Graft, Seat
+from graftwork.engine.sequence_layout import Layout, leading, table
+from graftwork.errors import RouteError, StateError
+from graftwork.reference.properties import Port
+
+
+@dataclass(frozen=True)
+class Share:
+    """Slots of one adapter: put in at the stack's input, and overwritten at each layer (deep)."""
+
+    name: str
+    shallow: Tensor | None
+    deep: int
+    length: int
+
+
+class Slots:
+    """The slots of one forward.
+
+    Attributes:
+        rows: the shares of each distinct row, in order.
+        row_of: (B,) which of them each sample has; None: the first.
+        length: n.
+        causal: the stack looks back only.
+        layout: where they lie; None until they are put in.
+        total: positions of a row, slots included, where layers put them in.
+        mask: what layers are given where slots are of different lengths, made by the first that asks.
+    """
+
+    def __init__(self, rows: list[list[Share]], row_of: Tensor | None, causal: bool) -> None:
+        self.rows = rows
+        self.row_of = row_of
+        self.sums = [sum(share.length for share in row) for row in rows]
+        self.length = max(self.sums)
+        self.causal = causal
+        self.layout: Layout | None = None
+        self.total = 0
+        self.mask: Any = None
+
+    @property
+    def names(self) -> str:
+        """The prompts' adapters, for messages."""
+        return ", ".join(dict.fromkeys(repr(share.name) for row in self.rows for share in row))
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows may differ in length (known without a look at the device)."""
+        return len(set(self.sums)) > 1
+
+    def lay_out(
+        self, mask: Tensor | None, batch: int, keep: int, front: bool, device: torch.device
+    ) -> Layout:
+        """Place the slots in a batch: behind leading padding of `mask` (B, T) and `keep` more positions."""
+        if mask is None:
+            start = torch.full((batch,), keep, device=device)
+        else:
+            start = leading(mask, keep)
+        counts = torch.tensor(self.sums, device=device)[self.row_of] if self.ragged else None
+        self.layout = Layout(self.length, start, counts, front)
+        return self.layout
+
+    def values(self, like: Tensor) -> Tensor:
+        """(B, n, C) what is put in at the stack; zeros where layers will overwrite."""
+        rows = [[piece for share in row for piece in _entering(share, like)] for row in self.rows]
+        return self._of_batch(table(rows, self.length, like), len(like))
+
+    def deep(self, seat: Seat, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(B, n, C) what a layer puts in its slots and (B, n) which ones, None when it puts nothing."""
+        here = dict(seat.running(Port.SEQUENCE))
+        if not any(share.name in here for row in self.rows for share in row):
+            return None
+        made = {name: _made(grafts) for name, grafts in here.items()}
+        for row in self.rows:
+            for share in row:
+                _check_deep(seat, share, made.get(share.name))
+        rows = [[piece for share in row for piece in _over(share, made, hidden)] for row in self.rows]
+        mask = [[flag for share in row for flag in _flags(share, made)] for row in self.rows]
+        full = torch.tensor(
+            [flags + [False] * (self.length - len(flags)) for flags in mask], device=hidden.device
+        )
+        batch = len(hidden)
+        return self._of_batch(table(rows, self.length, hidden), batch), self._of_batch(full, batch)
+
+    def _of_batch(self, rows: Tensor, batch: int) -> Tensor:
+        if self.row_of is None:
+            return rows.expand(batch, *rows.shape[1:])
+        return rows.index_select(0, self.row_of)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What one forward of a stack tells its layers, as `state.slots`.
+
+    Attributes:
+        slots: what was put in, None when the cache holds it.
+        places: (B, S) positions for a table that counts by itself, None where it counts right.
+        config: the stack's.
+    """
+
+    slots: Slots | None
+    places: Tensor | None
+    config: Any
+
+
+def compose(
+    seat: Seat, layers: tuple[Seat, ...], batch: int, device: torch.device, causal: bool
+) -> Slots | None:
+    """The slots that running prompts of a stack (and of its layers, deep) ask for; None when none runs."""
+    state = seat.state
+    shares = [share for name in state.running if (share := _share(seat, layers, name)) is not None]
+    if state.route is None:
+        return Slots([shares], None, causal) if shares else None
+    shares = [share for share in shares if state.route.uses(share.name)]
+    if not shares:
+        return None
+    if state.route.per_token:
+        raise RouteError(
+            f"{seat.path or 'the model'}: the positions of a prompt ({', '.join(s.name for s in shares)}) "
+            "belong to whole rows and cannot be routed per token. Route per sample: an index of shape (batch,)"
+        )
+    index = state.route.fit(batch, None).to(device)
+    names = [share.name for share in shares]
+    here = [names.index(name) if name in names else len(names) for name in state.route.names]
+    row_of = torch.tensor([*here, len(names)], device=device)[
+        index
+    ]  # index -1 takes the last entry: no prompt
+    return Slots([*([share] for share in shares), []], row_of, causal)
+
+
+def _share(seat: Seat, layers: tuple[Seat, ...], name: str) -> Share | None:
+    shallow = seat.at(Port.SEQUENCE).get(name, ())
+    deeper = [layer.at(Port.SEQUENCE).get(name, ()) for layer in layers]
+    if not shallow and not any(deeper):
+        return None
+    deep = 0
+    if any(deeper):
+        if not deeper[0]:
+            raise StateError(
+                f"deep prompt {name!r} begins behind the first layer of {seat.path or 'the model'}, where "
+                "its slots would already take part. Give it the first layer too (layers='first 2', or 'all')"
+            )
+        deep = len(_made(deeper[0]))
+    entering = _made(shallow) if shallow else None
+    return Share(name, entering, deep, deep + (0 if entering is None else len(entering)))
+
+
+def _made(grafts: tuple[Graft, ...]) -> Tensor:
+    return torch.cat([graft.module() for graft in grafts])
+
+
+def _entering(share: Share, like: Tensor) -> list[Tensor]:
+    deep = like.new_zeros(share.deep, like.shape[-1])
+    if share.shallow is None:
+        return [deep]
+    if share.shallow.shape[-1] != like.shape[-1]:
+        raise StateError(
+            f"prompt {share.name!r} is {share.shallow.shape[-1]} wide, the stack reads {like.shape[-1]}; "
+            "build it with the width of the stack's embeddings"
+        )
+    return [share.shallow.to(like.dtype), deep]
+
+
+def _over(share: Share, made: dict[str, Tensor], like: Tensor) -> list[Tensor]:
+    front = like.new_zeros(share.length - share.deep, like.shape[-1])
+    return [
+        front,
+        made[share.name].to(like.dtype) if share.name in made else like.new_zeros(share.deep, like.shape[-1]),
+    ]
+
+
+def _flags(share: Share, made: dict[str, Tensor]) -> list[bool]:
+    return [False] * (share.length - share.deep) + [share.name in made] * share.deep
+
+
+def _check_deep(seat: Seat, share: Share, piece: Tensor | None) -> None:
+    if piece is not None and len(piece) != share.deep:
+        raise StateError(
+            f"{seat.path}: deep prompt {share.name!r} has {len(piece)} positions here and {share.deep} at "
+            "the first layer; a deep prompt has the same number at every layer"
+        )
