@@ -17,7 +17,7 @@ _LEFT_OUT = {
     "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages",
     "__pycache__", "pydoc_data", "__phello__",
 }  # fmt: skip
-_LEAST = 20  # characters; shorter ones say nothing ("Close it.")
+_LEAST = 20  # characters; shorter texts say nothing ("Close it.")
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -51,11 +51,12 @@ class Docstring:
 
 @lru_cache(maxsize=1)
 def collect() -> tuple[Docstring, ...]:
-    """All docstrings in a fixed order, each text and each summary once (the first stays)."""
+    """All docstrings in a fixed order, each text, summary and body once (the first stays)."""
     seen: set[str] = set()
     found = []
     for docstring in _all():
-        keys = {_normal(docstring.text), _normal(docstring.summary)}
+        body = docstring.body if len(docstring.body) >= _LEAST else docstring.text
+        keys = {_normal(part) for part in (docstring.text, docstring.summary, body)}
         if len(docstring.text) >= _LEAST and not keys & seen:
             seen |= keys
             found.append(docstring)

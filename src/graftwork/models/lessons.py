@@ -115,7 +115,8 @@ class ImageLessons:
 
     def _pixels(self, images: Sequence[Any]) -> Tensor:
         colour = [image[:, :, None].repeat(3, axis=2) for image in images]
-        pixels: Tensor = self.preprocessor(colour, return_tensors="pt")["pixel_values"]
+        made = self.preprocessor(colour, return_tensors="pt", input_data_format="channels_last")
+        pixels: Tensor = made["pixel_values"]
         return pixels
 
 

@@ -59,8 +59,8 @@ class Images(Encoded):
 
     def __getitem__(self, number: int) -> Item:
         item = self.items[number]
-        pixels = self.processor([rgb(item["image"])], return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixels, "labels": item["labels"]}
+        pixels = self.processor([rgb(item["image"])], return_tensors="pt", input_data_format="channels_last")
+        return {"pixel_values": pixels["pixel_values"][0], "labels": item["labels"]}
 
 
 def rgb(image: Any) -> np.ndarray:
@@ -71,6 +71,8 @@ def rgb(image: Any) -> np.ndarray:
     if isinstance(image, str):
         with Image.open(image) as opened:
             return np.asarray(opened.convert("RGB"))
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
     values = np.asarray(image)
     if values.ndim == 2:
         values = values[:, :, None]

@@ -61,5 +61,5 @@ def language_scores(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Perplexity and accuracy per token from `token_scores`, over the labels that count."""
     counted = scores[labels != IGNORED].astype(np.float64)
     loss, accuracy = counted.mean(0) if len(counted) else (math.nan, math.nan)
-    perplexity = math.exp(loss) if loss < 700 else math.inf
+    perplexity = math.inf if loss > 700 else math.exp(loss)
     return {"perplexity": float(perplexity), "token_accuracy": float(accuracy)}
