@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from graftwork.anatomy.resolve import head_sites, select_sites
+from graftwork.anatomy.walk import walk
 from graftwork.engine import attention, placing, recompute, sequence
 from graftwork.engine.adapter import Adapter, Placed, prefixes
 from graftwork.engine.modules import HiddenModule, PrefixModule, PromptModule, WeightModule
-from graftwork.engine.seat import Graft, seat_of
+from graftwork.engine.seat import SEAT, Graft, seat_of, stored_parameter
 from graftwork.engine.state import State
 from graftwork.engine.swap import check_leavable, leave_seat, no_inference, take_seat
 from graftwork.errors import BadOption, CardConflict, NothingMatches, PortUnavailable, StateError, UnknownName, nearest
 from graftwork.reference.catalogue import make
-from graftwork.reference.properties import Port
+from graftwork.reference.properties import Insertion, Port
 from graftwork.reference.site import Kind, Site
 from graftwork.reference.technique import Technique
 
@@ -80,7 +81,7 @@ def attach(
 
 def detach(model: nn.Module, *names: str) -> None:
     """Take adapters off (all of them when none is named); the last one leaves the model exactly as it was."""
-    state = state_of(model)
+    state = _root_state(model)
     going = names or tuple(state.adapters)
     for name in going:
         require(state, name)
@@ -92,12 +93,20 @@ def detach(model: nn.Module, *names: str) -> None:
     for name in going:
         placing.remove(model, state, state.adapters[name])
         state.adapters = {key: value for key, value in state.adapters.items() if key != name}
+    state.facts.forget()
     state.active = tuple(name for name in state.active if name in state.adapters)
+    state.training = tuple(name for name in state.training if name in state.adapters)
     state.route = None if state.route is not None and set(going) & set(state.route.names) else state.route
 
 
 def state_of(model: nn.Module) -> State:
-    """The state of an attached model; an error that tells what to do on any other."""
+    """The state of an attached model whose sites are all there; an error that tells what to do on any other."""
+    state = _root_state(model)
+    state.facts.check(model, SEAT, state.adapters.values())
+    return state
+
+
+def _root_state(model: nn.Module) -> State:
     seat = seat_of(model)
     if seat is None or not seat.root:
         raise StateError(f"nothing is attached to this {type(model).__name__}; call graftwork.attach on it first")
@@ -117,7 +126,7 @@ def _state_for(model: nn.Module, name: str) -> State:
     for kind in type(model).__mro__:
         if kind.__name__ in _WRAPPERS:
             raise StateError(f"the model is wrapped in {kind.__name__}: {_WRAPPERS[kind.__name__]}")
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
             raise StateError(f"{path} is sharded already: {_WRAPPERS['FSDPModule']}")
     seat = seat_of(model)
@@ -127,7 +136,7 @@ def _state_for(model: nn.Module, name: str) -> State:
         raise StateError("this module is part of an attached model; attach to that model instead")
     if name in seat.state.adapters:
         raise StateError(f"an adapter called {name!r} is attached already; detach it or choose another name")
-    return seat.state
+    return state_of(model)
 
 
 def _sites(model: nn.Module, technique: Technique) -> list[Site]:
@@ -139,9 +148,23 @@ def _sites(model: nn.Module, technique: Technique) -> list[Site]:
             f"{technique.name}: none of the {len(found)} sites at {', '.join(card.workspaces)} fits "
             f"({', '.join(sorted({site.key for site in found})[:4])}, ...). Choose other workspaces"
         )
+    if len(sites) < len(found):
+        _refuse_idle_entries(model, technique, {site.key for site in sites})
     for site in sites:
         _check(model, technique, site)
     return sites
+
+
+def _refuse_idle_entries(model: nn.Module, technique: Technique, fitting: set[str]) -> None:
+    """Each entry asked for must bring something, not only all of them together."""
+    card = technique.card
+    for text in technique.workspaces or ():
+        meant = select_sites(model, (text,), technique.layers, port=card.port)
+        if meant and not text.endswith("?") and not fitting & {site.key for site in meant}:
+            raise NothingMatches(
+                f"{technique.name}: {text!r} is there ({', '.join(site.key for site in meant[:4])}), but none of it fits "
+                f"a {technique.name} module, so it would be left out. Take it out of workspaces"
+            )
 
 
 def _check(model: nn.Module, technique: Technique, site: Site) -> None:
@@ -151,6 +174,12 @@ def _check(model: nn.Module, technique: Technique, site: Site) -> None:
         raise PortUnavailable(
             f"{technique.name}: {site.key} ({site.module}) is read by its owner and never called, so a hidden module "
             "there would do nothing; use a weight-port technique, or the block's output"
+        )
+    parallel = port is Port.HIDDEN and technique.card.insertion is Insertion.PARALLEL
+    if parallel and set(getattr(module, "stride", (1,))) != {1}:
+        raise PortUnavailable(
+            f"{technique.name}: {site.key} ({site.module}) has a stride of {module.stride}, so a parallel module that "
+            "reads its input has no position for each of its outputs; use insertion='sequential'"
         )
     if port is Port.ATTENTION:
         attention.check(module, site)
@@ -195,7 +224,19 @@ def _build(
         lean = replace(site, matrix=None, bias=None)
         graft = Graft(name, technique.name, lean, technique.card, module)
         placed.append(Placed(index, lean, technique.card.port, graft, prefix))
+    _tie(model, techniques, placed)
     return tuple(placed)
+
+
+def _tie(model: nn.Module, techniques: tuple[Technique, ...], placed: list[Placed]) -> None:
+    """Tell a technique where two of its weight-port sites stand for one tensor of the host."""
+    first: dict[tuple[int, int], Placed] = {}
+    for place in placed:
+        host = stored_parameter(model.get_submodule(place.site.module), place.site.parameter)
+        if place.port is Port.WEIGHT and host is not None and place.site.channels is None:
+            known = first.setdefault((place.index, id(host)), place)
+            if known is not place:
+                techniques[place.index].tie(known.graft.module, place.graft.module)
 
 
 def _module(technique: Technique, site: Site, shared: nn.Module | None) -> nn.Module:
@@ -232,9 +273,11 @@ def _seat(model: nn.Module, state: State, adapter: Adapter) -> None:
         raise
     if first:
         _freeze_base(model)
-    for other in state.adapters.values():
-        for parameter in other.parameters():
+    for other in state.training:
+        for parameter in state.adapters[other].parameters():
             parameter.requires_grad_(False)
+    state.training = (adapter.name,)
+    state.facts.gather(model, SEAT, [adapter])
     state.adapters = {**state.adapters, adapter.name: adapter}
     state.active = (adapter.name,)
 
@@ -260,5 +303,5 @@ def _strip(model: nn.Module, state: State) -> None:
     for key, parameter in model.named_parameters():
         if key in state.frozen:
             parameter.requires_grad_(state.frozen[key])
-    state.adapters, state.active, state.route = {}, (), None
+    state.adapters, state.active, state.training, state.route = {}, (), (), None
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftwork.engine.seat import Seat, seat_of
+from graftwork.engine.seat import SEAT, Seat, seat_of
 from graftwork.engine.state import State
 from graftwork.errors import NoGradient, StateError
 
@@ -24,9 +24,10 @@ def root_call(
 ) -> Any:
     """The model's own forward, watched while a check is due."""
     state = seat.state
-    if not (state.unreached or state.ungraded) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not state.running:
         return run(module, seat, base, args, kwargs)
-    if not state.running:
+    state.facts.check(module, SEAT, state.adapters.values())
+    if not (state.unreached or state.ungraded):
         return run(module, seat, base, args, kwargs)
     out = run(module, seat, base, args, kwargs)
     if state.unreached:
@@ -39,12 +40,10 @@ def root_call(
 def _check_reached(model: nn.Module, state: State) -> None:
     state.unreached = False
     missed = []
-    for path in sorted(state.seated):
-        seat = seat_of(model.get_submodule(path))
-        if seat is None:
-            raise StateError(f"{path} was replaced after attach and its adapter is gone; detach and attach again")
+    seats = [seat for module in model.modules() if (seat := seat_of(module)) is not None]
+    for seat in seats:
         missed += [
-            f"{grafts[0].site.key} ({path}, {port.value} port)"
+            f"{grafts[0].site.key} ({seat.path}, {port.value} port)"
             for port in seat.ports
             if port not in seat.touched
             for _, grafts in seat.running(port)

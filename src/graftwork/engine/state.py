@@ -12,8 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,8 +37,7 @@ class _Own(threading.local):
 _own = _Own()
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """What runs: all that a recomputation, or a thread, needs of the state."""
 
     active: tuple[str, ...]
@@ -53,6 +51,7 @@ class State:
     Attributes:
         adapters: name -> attached adapter, in the order of attachment.
         active: names whose modules run, in stacking order. A route, while one is set, takes their place.
+        training: names that a verb made trainable last; what is done to a tensor's `requires_grad` by hand is not here.
         route: which adapter serves which sample or token, or None.
         slots: where the stack that is running has put extra positions, for its layers (sequence port), or None.
         merged: names folded into the base weights.
@@ -74,6 +73,7 @@ class State:
     def __init__(self) -> None:
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
+        self.training: tuple[str, ...] = ()
         self.route: Route | None = None
         self.slots: Any = None
         self.merged: tuple[str, ...] = ()

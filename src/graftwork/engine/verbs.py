@@ -6,7 +6,6 @@ Each setting verb works as a statement, and as a context manager that restores e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
 
 from torch import Tensor, nn
@@ -51,8 +50,8 @@ def active(model: nn.Module, *names: str) -> Restore:
         raise StateError(
             "a route is set and decides which adapters run; end it first (graftwork.route(model, None))"
         )
-    state.choose(replace(before, active=tuple(names)))
-    return Restore(lambda: state.choose(replace(state.choice(), active=before.active)))
+    state.choose(before._replace(active=tuple(names)))
+    return Restore(lambda: state.choose(state.choice()._replace(active=before.active)))
 
 
 def trainable(model: nn.Module, *names: str) -> Restore:
@@ -64,9 +63,10 @@ def trainable(model: nn.Module, *names: str) -> Restore:
         for parameter in adapter.parameters():
             parameter.requires_grad_(name in wanted)
     checked, state.ungraded = state.ungraded, bool(wanted)
+    training, state.training = state.training, tuple(wanted)
 
     def undo() -> None:
-        state.ungraded = checked
+        state.ungraded, state.training = checked, tuple(name for name in training if name in state.adapters)
         for adapter in state.adapters.values():
             for parameter in adapter.parameters():
                 parameter.requires_grad_(before.get(id(parameter), parameter.requires_grad))
@@ -93,5 +93,5 @@ def route(model: nn.Module, names: Sequence[str] | None, index: Tensor | None = 
         parameter = next(model.parameters(), None)
         new = Route(names, index if parameter is None or parameter.is_meta else index.to(parameter.device))
     before = state.choice()
-    state.choose(replace(before, route=new))
-    return Restore(lambda: state.choose(replace(state.choice(), route=before.route)))
+    state.choose(before._replace(route=new))
+    return Restore(lambda: state.choose(state.choice()._replace(route=before.route)))
