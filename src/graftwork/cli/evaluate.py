@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from graftwork.cli.assignments import pairs
+
 
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run folder, or an adapter file with --model and --task.")],
@@ -18,10 +20,10 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 64,
 ) -> None:
     """Score an adapter on its own data or on other."""
+    columns = pairs(column) if column else None
     from graftwork.cli.results import print_scores
     from graftwork.training.evaluate import evaluate as score
 
-    columns = pairs(column) if column else None
     scores = score(
         source,
         data,
@@ -33,16 +35,3 @@ def evaluate(
         batch_size=batch_size,
     )
     print_scores({split or "score": scores})
-
-
-def pairs(assignments: list[str]) -> dict[str, str]:
-    """`["text=sentence"]` as a mapping; raises BadOption on anything else."""
-    from graftwork.errors import BadOption
-
-    found = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not (name and equals and value):
-            raise BadOption(f"{assignment!r} is not of the form NAME=VALUE")
-        found[name] = value
-    return found

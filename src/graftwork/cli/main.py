@@ -9,10 +9,8 @@ import typer
 
 from graftwork.cli import (
     anatomy,
-    bench,
     convert,
     cost,
-    demo,
     docs,
     evaluate,
     merge,
@@ -38,8 +36,6 @@ app.command("techniques")(techniques.show)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
 app.command("pretrain")(pretrain.pretrain)
-app.command("demo")(demo.demo)
-app.command("bench")(bench.bench)
 app.command("docs")(docs.docs)
 
 TRACEBACK = "--traceback"

@@ -35,6 +35,7 @@ def training_arguments(training: Training, task: Task, folder: Path, processes: 
         lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
         warmup_steps=training.warmup,
         max_grad_norm=training.clip,
+        use_cpu=not torch.accelerator.is_available(),
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
         seed=training.seed,

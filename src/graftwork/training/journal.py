@@ -107,7 +107,7 @@ class Recorder(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **_: Any,
     ) -> None:
-        found = {NAMES.get(k, k): v for k, v in (logs or {}).items() if not _is_overhead(k)}
+        found = {NAMES.get(k, k): v for k, v in (logs or {}).items() if not is_overhead(k)}
         if not found or any(key in found for key in SUMMARY):
             return
         record = {"step": state.global_step, **found, "seconds": round(self.seconds, 3)}
@@ -116,5 +116,6 @@ class Recorder(TrainerCallback):
             self._watch(record, state.max_steps)
 
 
-def _is_overhead(key: str) -> bool:
-    return key.endswith(("_runtime", "_per_second")) and not key.startswith("train_")
+def is_overhead(key: str) -> bool:
+    """Whether a number of transformers' is about its own speed, and no score."""
+    return key.endswith(("runtime", "_per_second", "preparation_time")) and not key.startswith("train_")

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from graftwork.errors import BadFile
+from graftwork.reference.technique import Technique
 
 PACKAGES = ("graftwork", "torch", "transformers", "accelerate", "safetensors", "numpy")
 Scores = Mapping[str, float]
@@ -31,7 +32,7 @@ class RunResult:
         stopped_early: the run ended before its last step for want of improvement.
         trainable, parameters: trained values, and values of the frozen base.
         file_bytes: size of the adapter file.
-        flops_per_step: forward and backward products of one optimiser step, None where not known.
+        flops_per_step: operations of one optimiser step, forward and backward.
         seconds, seconds_per_step: wall time in all, and the median of a step (of one process).
         peak_bytes, peak_of: peak memory while training, of the accelerator or of the whole process.
         processes, seed, command, versions: what else it takes to repeat the run.
@@ -51,7 +52,7 @@ class RunResult:
     trainable: int
     parameters: int
     file_bytes: int
-    flops_per_step: int | None
+    flops_per_step: int
     seconds: float
     seconds_per_step: float
     peak_bytes: int
@@ -85,6 +86,12 @@ class RunResult:
             )
         except (TypeError, KeyError) as error:
             raise BadFile(f"{origin} is not the result of a run: {error}") from None
+
+
+def spelled(technique: Technique) -> str:
+    """`LoRA(rank=4)`: the class with the options that differ from their defaults."""
+    options = ", ".join(f"{name}={value!r}" for name, value in technique.options().items())
+    return f"{type(technique).__name__}({options})"
 
 
 def versions() -> dict[str, str]:
@@ -124,13 +131,12 @@ def _scores(result: RunResult) -> list[str]:
 
 
 def _costs(result: RunResult) -> list[str]:
-    flops = "not known" if result.flops_per_step is None else f"{result.flops_per_step / 1e9:,.2f} G"
     early = ", stopped early" if result.stopped_early else ""
     rows = {
         "trainable values": f"{result.trainable:,} ({result.share:.3%} of {result.parameters:,})",
         "adapter file": size(result.file_bytes),
         "steps": f"{result.steps:,} (kept: step {result.kept_step:,}{early})",
-        "operations per step": flops,
+        "operations per step": f"{result.flops_per_step / 1e9:,.2f} G",
         "seconds per step": f"{result.seconds_per_step:.4f} ({result.seconds:.1f} s in all)",
         "peak memory": f"{size(result.peak_bytes)} ({result.peak_of})",
         "processes": str(result.processes),

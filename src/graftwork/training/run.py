@@ -15,7 +15,8 @@ from torch import nn
 from transformers import set_seed
 from transformers.trainer_callback import TrainerState
 
-from graftwork.adapters.files import save
+from graftwork.adapters.store import save
+from graftwork.analysis.cost import cost
 from graftwork.engine.adapter import Adapter
 from graftwork.engine.attach import attach
 from graftwork.training import checkpoints, states
@@ -23,12 +24,12 @@ from graftwork.training.arguments import training_arguments
 from graftwork.training.curves import draw
 from graftwork.training.folder import RunFolder, open_run
 from graftwork.training.groups import grouped
-from graftwork.training.journal import Journal, Recorder, Watch
+from graftwork.training.journal import Journal, Recorder, Watch, is_overhead
 from graftwork.training.materials import Materials, base, prepare
 from graftwork.training.memory import peak_bytes, reset_peak
 from graftwork.training.processes import by_first
 from graftwork.training.recipe import Recipe
-from graftwork.training.result import RunResult, card, versions
+from graftwork.training.result import RunResult, card, spelled, versions
 from graftwork.training.trainer import Trainer
 
 NAME = "default"
@@ -53,8 +54,9 @@ def tune(
     checkpoint = by_first(lambda: open_run(recipe, overwrite=overwrite))
     set_seed(recipe.training.seed)
     materials = prepare(recipe)
+    flops = step_flops(materials, recipe)
     adapter = attach(materials.model, recipe.techniques(), name=NAME)
-    return _Run(recipe, folder, materials, adapter, watch).go(checkpoint)
+    return _Run(recipe, folder, materials, adapter, flops, watch).go(checkpoint)
 
 
 @dataclass
@@ -63,6 +65,7 @@ class _Run:
     folder: RunFolder
     materials: Materials
     adapter: Adapter
+    flops: int
     watch: Watch | None
 
     def go(self, checkpoint: Path | None) -> RunResult:
@@ -153,13 +156,13 @@ class _Run:
             "output": recipe.output,
             "model": recipe.model.name,
             "task": recipe.task.name,
-            "techniques": tuple(repr(technique) for technique in self.adapter.techniques),
+            "techniques": tuple(spelled(technique) for technique in self.adapter.techniques),
             "labels": materials.task.labels,
             "examples": {name: len(part) for name, part in materials.splits.items()},
             "best_metric": materials.task.best_metric,
             "trainable": self.adapter.count(),
             "parameters": sum(p.numel() for p in materials.model.parameters() if id(p) not in own),
-            "flops_per_step": None,
+            "flops_per_step": self.flops,
             "peak_of": "accelerator" if torch.cuda.is_available() else "process",
             "processes": PartialState().num_processes,
             "seed": recipe.training.seed,
@@ -172,6 +175,14 @@ class _Run:
         self.folder.write(self.folder.card, card(result))
         self.folder.write(self.folder.result, result.text())
         checkpoints.remove(checkpoints.whole(self.folder.path))
+
+
+def step_flops(materials: Materials, recipe: Recipe) -> int:
+    """Operations of one optimiser step on the first batch's shapes, over all processes."""
+    rows = materials.splits["train"]
+    batch = [rows[number] for number in range(min(recipe.training.batch_size, len(rows)))]
+    inputs = materials.task.collator(materials.preprocessor)(batch)
+    return cost(materials.model, recipe.techniques(), inputs=inputs).step_flops
 
 
 def make_trainer(materials: Materials, **options: Any) -> Trainer:
@@ -193,7 +204,7 @@ def scores_on(trainer: Trainer, examples: Any) -> dict[str, float]:
     """Loss and the task's metrics on encoded examples."""
     found = trainer.evaluate(examples, metric_key_prefix="final")
     scores = {key.removeprefix("final_"): value for key, value in found.items() if key.startswith("final_")}
-    return {key: value for key, value in scores.items() if not key.endswith(("runtime", "_per_second"))}
+    return {key: value for key, value in scores.items() if not is_overhead(key)}
 
 
 def factors(adapter: Adapter, model: nn.Module) -> Callable[[str], float]:
