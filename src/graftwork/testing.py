@@ -240,7 +240,8 @@ def tiny(name: str, options: Mapping[str, Any] | None = None, seed: int = 0) -> 
     family, suffix = _parse(name)
     library = importlib.import_module("transformers")
     config = getattr(library, family.config_name)(**{**family.options, **(options or {})})
-    model_class = getattr(library, family.prefix + suffix, None)
+    names = (suffix, "LMHeadModel") if suffix == _TASKS["causal"] else (suffix,)
+    model_class = next((c for n in names if (c := getattr(library, family.prefix + n, None))), None)
     if model_class is None:
         raise UnknownName(f"transformers has no {family.prefix}{suffix}, so {name!r} cannot be made")
     with torch.random.fork_rng(devices=[]):

@@ -195,7 +195,7 @@ def _outside(model: nn.Module, taken: set[int], stacked: bool, known: bool) -> I
 
 
 def _head_paths(loose: list[tuple[str, nn.Module, Measure]], whole: bool) -> set[str]:
-    """Linear layers under a head's name: all (the head is the user's own, beside a known base) or the last."""
+    """Linear layers under a head's name: all (the user's own head, beside a known base) or the last."""
     named: dict[str, list[str]] = {}
     for path, _, found in loose:
         name = path.partition(".")[0]

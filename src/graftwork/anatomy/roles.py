@@ -27,13 +27,16 @@ _NAMES = {
     ]
     for part, letter in _WORDS.items()
 }
-_FUSED = frozenset(
-    "qkv qkv_proj proj_qkv to_qkv wqkv w_qkv w_pack query_key_value c_attn in_proj attn_qkv qkv_linear".split()
-)
-_OUTPUT = frozenset(
-    "o out o_proj out_proj output_proj proj_out c_proj proj dense out_lin to_out wo w_o o_linear linear_out "
-    "output fc".split()
-)
+# fmt: off
+_FUSED = {
+    "qkv", "qkv_proj", "proj_qkv", "to_qkv", "wqkv", "w_qkv", "w_pack", "query_key_value", "c_attn",
+    "in_proj", "attn_qkv", "qkv_linear",
+}
+_OUTPUT = {
+    "o", "out", "o_proj", "out_proj", "output_proj", "proj_out", "c_proj", "proj", "dense", "out_lin",
+    "to_out", "wo", "w_o", "o_linear", "linear_out", "output", "fc",
+}
+# fmt: on
 _CROSS = re.compile(r"cross|encoder_attn|encdec|enc_dec|multihead_attn|attn2|src_attn", re.IGNORECASE)
 _GATE = re.compile(r"gate|^w1$|^wi_0$")
 _SSM = {

@@ -9,27 +9,31 @@ _PLACES: Places = {
     "attention.key": "self_attn.k_proj",
     "attention.value": "self_attn.v_proj",
     "attention.output": "self_attn.out_proj",
+    "feedforward.up": "fc1",
+    "feedforward.down": "fc2",
+    "norm": ("self_attn_layer_norm", "final_layer_norm"),
+}
+_CROSS: Places = {
     "cross_attention.query": "encoder_attn.q_proj",
     "cross_attention.key": "encoder_attn.k_proj",
     "cross_attention.value": "encoder_attn.v_proj",
     "cross_attention.output": "encoder_attn.out_proj",
-    "feedforward.up": "fc1",
-    "feedforward.down": "fc2",
     "norm": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
 }
 
 
 def _stack(name: str, around: Places, sequence: str = "stack") -> Stack:
+    decoder = name == "decoder"
     return Stack(
         name=name,
         path=name,
         layers=(f"{name}.layers.*",),
-        places=_PLACES,
+        places={**_PLACES, **_CROSS} if decoder else _PLACES,
         around=around,
         attention="self_attn",
-        cross_attention="encoder_attn",
+        cross_attention="encoder_attn" if decoder else None,
         sequence=sequence,
-        causal=name == "decoder",
+        causal=decoder,
     )
 
 

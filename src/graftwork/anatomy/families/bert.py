@@ -14,23 +14,24 @@ def _layer(query: str, key: str, value: str) -> Places:
         "attention.key": f"attention.self.{key}",
         "attention.value": f"attention.self.{value}",
         "attention.output": "attention.output.dense",
-        "cross_attention.query": f"crossattention.self.{query}",
-        "cross_attention.key": f"crossattention.self.{key}",
-        "cross_attention.value": f"crossattention.self.{value}",
-        "cross_attention.output": "crossattention.output.dense",
         "feedforward.up": "intermediate.dense",
         "feedforward.down": "output.dense",
-        "norm": ("attention.output.LayerNorm", "crossattention.output.LayerNorm", "output.LayerNorm"),
+        "norm": ("attention.output.LayerNorm", "output.LayerNorm"),
     }
 
 
+_CROSS: Places = {
+    "cross_attention.query": "crossattention.self.query",
+    "cross_attention.key": "crossattention.self.key",
+    "cross_attention.value": "crossattention.self.value",
+    "cross_attention.output": "crossattention.output.dense",
+    "norm": ("attention.output.LayerNorm", "crossattention.output.LayerNorm", "output.LayerNorm"),
+}
 _AROUND: Places = {
     "embedding": "embeddings.word_embeddings",
     "embedding.position": "embeddings.position_embeddings",
     "embedding.type": "embeddings.token_type_embeddings",
-    "embedding.projection": "embeddings_project",
     "norm.final": "embeddings.LayerNorm",
-    "pooler": "pooler.dense",
 }
 
 BERT = Anatomy(
@@ -38,8 +39,8 @@ BERT = Anatomy(
     stacks=(
         Stack(
             layers=("encoder.layer.*",),
-            places=_layer("query", "key", "value"),
-            around=_AROUND,
+            places={**_layer("query", "key", "value"), **_CROSS},
+            around={**_AROUND, "embedding.projection": "embeddings_project", "pooler": "pooler.dense"},
             attention="attention.self",
             cross_attention="crossattention.self",
             sequence_start=1,

@@ -10,23 +10,22 @@ _ATTENTION: Places = {
     "attention.value": "self_attn.v_proj",
     "attention.output": "self_attn.o_proj",
 }
-_NORMS: Places = {
-    "norm": (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-        "self_attn.q_norm",
-        "self_attn.k_norm",
-    )
-}
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_MORE_NORMS = (
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+)
 
 
-def _decoder(feedforward: Places, attention: Places = _ATTENTION) -> tuple[Stack, ...]:
+def _decoder(
+    feedforward: Places, attention: Places = _ATTENTION, norms: tuple[str, ...] = _NORMS
+) -> tuple[Stack, ...]:
     return (
         Stack(
             layers=("layers.*",),
-            places={**attention, **feedforward, **_NORMS},
+            places={**attention, **feedforward, "norm": norms},
             around={"embedding": "embed_tokens", "norm.final": "norm"},
             attention="self_attn",
             causal=True,
@@ -41,7 +40,8 @@ LLAMA = Anatomy(
             "feedforward.gate": "mlp.gate_proj",
             "feedforward.up": "mlp.up_proj",
             "feedforward.down": "mlp.down_proj",
-        }
+        },
+        norms=_NORMS + _MORE_NORMS,
     ),
 )
 

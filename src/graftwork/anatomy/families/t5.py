@@ -17,7 +17,6 @@ def _attention(workspace: str, module: str) -> Places:
 
 _PLACES: Places = {
     **_attention("attention", "SelfAttention"),
-    **_attention("cross_attention", "EncDecAttention"),
     "feedforward.gate": "layer.*.DenseReluDense.wi_0",
     "feedforward.up": ("layer.*.DenseReluDense.wi", "layer.*.DenseReluDense.wi_1"),
     "feedforward.down": Place("layer.*.DenseReluDense.wo", access=Access.INSPECTED),
@@ -26,23 +25,23 @@ _PLACES: Places = {
 }
 
 
-def _stack(name: str, causal: bool) -> Stack:
+def _stack(name: str, cross: bool) -> Stack:
     return Stack(
         name=name,
         path=name,
         layers=(f"{name}.block.*",),
-        places=_PLACES,
+        places={**_PLACES, **_attention("cross_attention", "EncDecAttention")} if cross else _PLACES,
         around={"embedding": f"{name}.embed_tokens", "norm.final": f"{name}.final_layer_norm"},
         attention="layer.*.SelfAttention",
-        cross_attention="layer.*.EncDecAttention",
-        causal=causal,
+        cross_attention="layer.*.EncDecAttention" if cross else None,
+        causal=cross,
     )
 
 
 ANATOMIES = (
     Anatomy(
         families=("t5", "mt5"),
-        stacks=(_stack("encoder", causal=False), _stack("decoder", causal=True)),
+        stacks=(_stack("encoder", cross=False), _stack("decoder", cross=True)),
         unused=("shared",),
     ),
 )
