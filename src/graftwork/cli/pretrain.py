@@ -19,10 +19,10 @@ def pretrain(
     import json
 
     from graftwork.models.hosts import HOSTS
-    from graftwork.models.pretraining import pretrain_host
+    from graftwork.models.pretraining import pretrain as pretrain_one
 
     for name in HOSTS if names == ["all"] else names:
-        folder = pretrain_host(name, steps=steps, seed=seed, force=force)
+        folder = pretrain_one(name, steps=steps, seed=seed, force=force)
         report = json.loads((folder / "metrics.json").read_text())
         learnt = f"loss {report['before']['loss']:.3f} -> {report['after']['loss']:.3f}"
         typer.echo(f"{name}: {report['parameters']:,} parameters, {learnt}, {report['seconds']} s, {folder}")

@@ -159,6 +159,6 @@ HOSTS: dict[str, Host] = {
     "tiny-gpt2": _text(_gpt2, "causal", 1000),
     "tiny-t5": _text(_t5, "spans", 1000),
     "tiny-mamba": _text(_mamba, "causal", 600, length=64),
-    "tiny-vit": _image(_vit, 16, 400, 1e-3),
+    "tiny-vit": _image(_vit, 16, 200, 1e-3),
     "tiny-resnet": _image(_resnet, 32, 200, 2e-3),
 }
