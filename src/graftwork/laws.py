@@ -43,6 +43,12 @@ def answer(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
+def uncached(host: str) -> dict[str, Any]:
+    """Inputs without a cache: a state-space model's own one cannot be split by adapter."""
+    batch: dict[str, Any] = tiny_batch(host)
+    return {**batch, "use_cache": False} if host.startswith("mamba") else batch
+
+
 def real(output: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """The output at real positions (what stands at padding means nothing)."""
     mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
@@ -65,6 +71,7 @@ def close(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:
     assert gap <= tolerance * scale, f"{what}: differs by {gap:.3g} (outputs up to {scale:.3g})"
 
 
+@torch.no_grad()
 def attach_changes_nothing(host: str, technique: Technique) -> None:
     """Base values, keys, classes and signatures stay; identity at the start is identity; detach is bitwise."""
     model, batch = tiny(host), tiny_batch(host)
@@ -76,10 +83,15 @@ def attach_changes_nothing(host: str, technique: Technique) -> None:
     adapter = gw.attach(model, technique)
     keys = [key for key in model.state_dict() if ".grafts." not in f".{key}"]
     assert keys == list(state), "base keys changed"
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items()), "base values changed"
-    assert [type(m).__qualname__ for m in model.modules() if ".grafts" not in repr(type(m))][0] == type(model).__qualname__
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items()), (
+        "base values changed"
+    )
+    kinds = [type(m).__qualname__ for name, m in model.named_modules() if ".grafts" not in f".{name}"]
+    assert kinds == [kind.__qualname__ for kind, _, _ in shape], "class names changed"
     assert inspect.signature(model.forward) == signature, "signature changed"
-    assert not any(p.requires_grad for k, p in model.named_parameters() if ".grafts." not in f".{k}"), "base trains"
+    assert not any(p.requires_grad for k, p in model.named_parameters() if ".grafts." not in f".{k}"), (
+        "base trains"
+    )
     if all(card.identity_at_init for card in adapter.cards):
         close(answer(model, batch), before, 1e-6, "not identity at the start")
     stir(adapter)
@@ -106,6 +118,7 @@ def every_tensor_trains(host: str, technique: Technique) -> None:
     assert not base, f"the base received gradients: {base[:3]}"
 
 
+@torch.no_grad()
 def merge_is_forward(host: str, technique: Technique) -> None:
     """Merged equals unmerged where the card says linear; else merging says why not. Unmerge is bitwise."""
     model, batch = tiny(host), tiny_batch(host)
@@ -124,10 +137,13 @@ def merge_is_forward(host: str, technique: Technique) -> None:
     assert linear, "merged although its card says it is not linear"
     close(answer(model, batch), attached, 1e-5, "merged differs")
     gw.unmerge(model)
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items()), "unmerge is not bitwise"
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items()), (
+        "unmerge is not bitwise"
+    )
     assert torch.equal(answer(model, batch), attached), "unmerge lost the adapter"
 
 
+@torch.no_grad()
 def stacks_with_others(host: str, technique: Technique) -> None:
     """Active together with another adapter: both count, order is kept, either alone is what it was."""
     model, batch = tiny(host), tiny_batch(host)
@@ -140,17 +156,17 @@ def stacks_with_others(host: str, technique: Technique) -> None:
     with gw.active(model, "one", "two"):
         both = answer(model, batch)
     with gw.active(model, "one"):
-        assert torch.equal(answer(model, batch), first), "an inactive neighbour changed the output"
+        close(answer(model, batch), first, 1e-6, "an inactive neighbour changed the output")
     assert not torch.equal(both, first), "the stacked LoRA does nothing"
     assert not torch.equal(both, second), "the technique does nothing when stacked"
     gw.detach(model, "two")
     with gw.active(model, "one"):
-        assert torch.equal(answer(model, batch), first), "detaching a neighbour changed the output"
+        close(answer(model, batch), first, 1e-6, "detaching a neighbour changed the output")
 
 
 def routed_is_one_by_one(host: str, technique: Technique) -> None:
     """A routed batch equals its rows computed one adapter at a time; row -1 is the bare base."""
-    model, batch = tiny(host), tiny_batch(host)
+    model, batch = tiny(host), uncached(host)
     base = answer(model, batch)
     alone = []
     for number, name in enumerate(("a", "b")):
@@ -165,7 +181,7 @@ def routed_is_one_by_one(host: str, technique: Technique) -> None:
 
 def routes_per_token(host: str, technique: Technique) -> None:
     """Per token, a technique that acts on tokens one by one equals masking; any other says that it cannot."""
-    model, batch = tiny(host), tiny_batch(host)
+    model, batch = tiny(host), uncached(host)
     adapter = gw.attach(model, technique, name="a", head=False)
     stir(adapter)
     ids = batch.get("input_ids")
@@ -183,7 +199,8 @@ def routes_per_token(host: str, technique: Technique) -> None:
             close(real(answer(model, batch), batch), real(everywhere, batch), 2e-6, "all tokens routed to it")
         except RouteError:
             read = any(place.site.access in (Access.READ, Access.EITHER) for place in adapter.placed)
-            assert not possible or read, "token-wise by its card, and refused"
+            pooled = any(place.site.workspace in ("pooler", "head") for place in adapter.placed)
+            assert not possible or read or pooled, "token-wise by its card, and refused"
             return
     with gw.route(model, ["a"], torch.full_like(ids, -1)):
         close(answer(model, batch), nowhere, 2e-6, "all tokens at the base")
@@ -213,30 +230,29 @@ def low_precision_keeps_its_precision(host: str, technique: Technique) -> None:
     model, batch = tiny(host).to(torch.bfloat16), tiny_batch(host)
     batch = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in batch.items()}
     dtype = answer(model, batch).dtype
-    bare = _largest_fp32(model, batch, adapter=None)
+    bare = _copies_in_fp32(model, batch)
     adapter = gw.attach(model, technique)
     assert all(p.dtype == torch.float32 for p in adapter.parameters()), "adapter tensors are not fp32"
     stir(adapter, 0.01)
     assert answer(model, batch).dtype == dtype, "the output left the host's precision"
-    with_it = _largest_fp32(model, batch, adapter)
-    assert with_it <= bare, f"keeps an fp32 tensor of {with_it} values beside the base's own largest {bare}"
+    copies = _copies_in_fp32(model, batch) - bare
+    assert not copies, f"keeps fp32 copies of activations of shapes {sorted(copies)}"
     answer(model, batch).float().square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
 
 
-def _largest_fp32(model: nn.Module, batch: dict[str, Tensor], adapter: Adapter | None) -> int:
-    own = {id(p) for p in model.parameters()} | {p.data_ptr() for p in model.parameters()}
-    sizes = [0]
+def _copies_in_fp32(model: nn.Module, batch: dict[str, Tensor]) -> set[torch.Size]:
+    """Shapes of activations that autograd keeps in low precision and, besides, in fp32."""
+    kept: dict[torch.dtype, set[torch.Size]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        activation = tensor.dim() >= 2 and tensor.shape[0] >= ROWS and tensor.data_ptr() not in own
-        if activation and tensor.dtype == torch.float32 and tensor.dim() >= 3:
-            sizes.append(tensor.numel())
+        if tensor.dim() >= 3 and tensor.shape[0] >= ROWS:
+            kept.setdefault(tensor.dtype, set()).add(tensor.shape)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         answer(model, batch)
-    return max(sizes)
+    return kept.get(torch.float32, set()) & kept.get(torch.bfloat16, set())
 
 
 def copies_and_pickles(host: str, technique: Technique) -> None:
@@ -278,6 +294,8 @@ def _routed_gradients(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         if hasattr(model, "enable_input_require_grads"):
@@ -288,7 +306,9 @@ def _routed_gradients(
         loss = answer(model, batch).square().mean()
     gw.active(model)
     loss.backward()
-    return [(name, torch.zeros_like(p) if p.grad is None else p.grad) for name, p in adapter.named_parameters()]
+    return [
+        (name, torch.zeros_like(p) if p.grad is None else p.grad) for name, p in adapter.named_parameters()
+    ]
 
 
 LAWS: dict[str, Law] = {

@@ -12,13 +12,21 @@ from torch import nn
 
 from graftwork.anatomy.resolve import head_sites, select_sites
 from graftwork.anatomy.walk import walk
-from graftwork.engine import attention, placing, recompute, sequence
+from graftwork.engine import attention, offloaded, placing, recompute, sequence
 from graftwork.engine.adapter import Adapter, Placed, prefixes
 from graftwork.engine.modules import HiddenModule, PrefixModule, PromptModule, WeightModule
 from graftwork.engine.seat import SEAT, Graft, seat_of, stored_parameter
 from graftwork.engine.state import State
 from graftwork.engine.swap import check_leavable, leave_seat, no_inference, take_seat
-from graftwork.errors import BadOption, CardConflict, NothingMatches, PortUnavailable, StateError, UnknownName, nearest
+from graftwork.errors import (
+    BadOption,
+    CardConflict,
+    NothingMatches,
+    PortUnavailable,
+    StateError,
+    UnknownName,
+    nearest,
+)
 from graftwork.reference.catalogue import make
 from graftwork.reference.properties import Insertion, Port
 from graftwork.reference.site import Kind, Site
@@ -109,7 +117,9 @@ def state_of(model: nn.Module) -> State:
 def _root_state(model: nn.Module) -> State:
     seat = seat_of(model)
     if seat is None or not seat.root:
-        raise StateError(f"nothing is attached to this {type(model).__name__}; call graftwork.attach on it first")
+        raise StateError(
+            f"nothing is attached to this {type(model).__name__}; call graftwork.attach on it first"
+        )
     return seat.state
 
 
@@ -189,6 +199,8 @@ def _check(model: nn.Module, technique: Technique, site: Site) -> None:
 
 def _with_host(model: nn.Module, site: Site) -> Site:
     """The site with access to the host's weight and bias, for techniques that start from them."""
+    offloaded.refuse_whole(model, site.module)
+    site = replace(site, device=offloaded.device_of(model, site.module, site.device))
     if site.kind not in (Kind.LINEAR, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.PARAMETER):
         return replace(site, matrix=placing.embedding_matrix(model, site))
     return replace(site, matrix=placing.matrix(model, site), bias=placing.bias(model, site))
@@ -304,4 +316,3 @@ def _strip(model: nn.Module, state: State) -> None:
         if key in state.frozen:
             parameter.requires_grad_(state.frozen[key])
     state.adapters, state.active, state.training, state.route = {}, (), (), None
-

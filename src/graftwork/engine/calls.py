@@ -25,7 +25,9 @@ def forward(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kw
     return _arranged(module, seat, base, args, kwargs)
 
 
-def _arranged(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _arranged(
+    module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     if seat.around is not None:
         return seat.around(module, seat, base, own, args, kwargs)
     return own(module, seat, base, args, kwargs)
@@ -33,7 +35,7 @@ def _arranged(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], 
 
 def own(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The module's forward with its children's parameters readable in effective form."""
-    if seat.readers and seat.state.route is not None and split.needed(seat):
+    if (seat.readers or seat.occasional) and split.needed(seat, args, kwargs):
         return split.by_adapter(module, seat, base, own, args, kwargs)
     seat.depth += 1
     try:

@@ -63,7 +63,9 @@ def signal(args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> Tensor:
     for name in ("hidden_states", "input", "x", "inputs_embeds", "pixel_values"):
         if name in kwargs:
             return kwargs[name]
-    raise StateError(f"{path}: no hidden signal among its arguments {sorted(kwargs)}; call it with the signal first")
+    raise StateError(
+        f"{path}: no hidden signal among its arguments {sorted(kwargs)}; call it with the signal first"
+    )
 
 
 def before(
@@ -92,7 +94,9 @@ def behind(seat: Seat, running: Running, entered: tuple[tuple[Any, ...], dict[st
     return (answer, *out[1:]) if isinstance(out, tuple) else answer
 
 
-def _read(seat: Seat, graft: Graft, entered: tuple[tuple[Any, ...], dict[str, Any]], answer: Tensor) -> Tensor:
+def _read(
+    seat: Seat, graft: Graft, entered: tuple[tuple[Any, ...], dict[str, Any]], answer: Tensor
+) -> Tensor:
     """What the module reads: the host's answer, its input, or the input of the block that ends here."""
     if graft.card.insertion is Insertion.SEQUENTIAL:
         return answer
@@ -111,7 +115,9 @@ def _read(seat: Seat, graft: Graft, entered: tuple[tuple[Any, ...], dict[str, An
 def _apply(seat: Seat, name: str, graft: Graft, x: Tensor, y: Tensor) -> Tensor:
     axis = graft.site.channel_axis
     if axis != -1 and y.dim() > 2:
-        return _apply(seat, name, _channels_last(graft), x.movedim(axis, -1), y.movedim(axis, -1)).movedim(-1, axis)
+        return _apply(seat, name, _channels_last(graft), x.movedim(axis, -1), y.movedim(axis, -1)).movedim(
+            -1, axis
+        )
     own = graft.site.channels
     if own is not None:
         same = x is y
@@ -128,8 +134,13 @@ def _routed(seat: Seat, name: str, graft: Graft, x: Tensor, y: Tensor) -> Tensor
     route = seat.state.route
     if route is None:
         return integrate(graft.card, y, graft.module(x))
+    if y.shape[0] == 1 < route.index.shape[0]:
+        wide = route.index.shape[0], *(-1,) * (y.dim() - 1)
+        x, y = (y.expand(wide),) * 2 if x is y else (x.expand(wide), y.expand(wide))
     if route.per_token and not graft.card.token_wise:
-        raise RouteError(f"{graft.site.key}: {graft.technique} mixes positions and cannot be routed per token")
+        raise RouteError(
+            f"{graft.site.key}: {graft.technique} mixes positions and cannot be routed per token"
+        )
     tokens = y.shape[1] if y.dim() == 3 else None
     if torch.compiler.is_compiling():
         mask = route.fit(y.shape[0], tokens) == route.names.index(name)

@@ -65,9 +65,11 @@ def merge(model: nn.Module, *names: str, tie: str = "refuse") -> MergeReport:
     for here in grafts.values():
         for graft in here:
             _refuse_unmergeable(graft)
-    _refuse_tied(model, grafts, tie)
-    folded = {key: value for path, here in grafts.items() for key, value in _fold_module(model, path, here).items()}
-    return _store(model, state, chosen, folded, tie)
+    split = _tied(model, grafts, tie)
+    folded = {
+        key: value for path, here in grafts.items() for key, value in _fold_module(model, path, here).items()
+    }
+    return _store(model, state, chosen, folded, split)
 
 
 @torch.no_grad()
@@ -99,33 +101,58 @@ def _refuse_unmergeable(graft: Graft) -> None:
     if port is Port.ATTENTION:
         raise NotMergeable(f"{where} adds keys and values, which no weight of the host can stand in for")
     if port is Port.SEQUENCE:
-        raise NotMergeable(f"{where} adds positions to the sequence, which no weight of the host can stand in for")
+        raise NotMergeable(
+            f"{where} adds positions to the sequence, which no weight of the host can stand in for"
+        )
     if not graft.card.linear:
-        raise NotMergeable(f"{where} is not a linear map of the signal; serve it attached, or choose a linear technique")
+        raise NotMergeable(
+            f"{where} is not a linear map of the signal; serve it attached, or choose a linear technique"
+        )
     if port is Port.HIDDEN and graft.site.kind is Kind.BLOCK:
         raise NotMergeable(f"{where} acts on a whole layer's output, which has no weight of its own")
-    if graft.card.insertion is Insertion.PARALLEL and port is Port.HIDDEN and graft.site.entry not in (None, graft.site.module):
+    if (
+        graft.card.insertion is Insertion.PARALLEL
+        and port is Port.HIDDEN
+        and graft.site.entry not in (None, graft.site.module)
+    ):
         raise NotMergeable(f"{where} bypasses several host modules, so no single weight can take it")
 
 
-def _refuse_tied(model: nn.Module, grafts: dict[str, list[Graft]], tie: str) -> None:
+def _tied(model: nn.Module, grafts: dict[str, list[Graft]], tie: str) -> set[int]:
+    """Weights that modules outside the merge share: refused, or the set of those to split off."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{path}.{name}")
+                owners.setdefault(_values_of(parameter), []).append(f"{path}.{name}")
+    split: set[int] = set()
     for path, here in grafts.items():
-        module = model.get_submodule(path)
         for graft in here:
-            parameter = module._parameters.get(graft.site.parameter)
-            others = [owner for owner in owners.get(id(parameter), []) if owner != f"{path}.{graft.site.parameter}"]
-            same = [owner for owner in others if model.get_submodule(owner.rpartition(".")[0]) is module]
-            if parameter is not None and len(others) > len(same) and tie == "refuse":
+            parameter = model.get_submodule(path)._parameters.get(graft.site.parameter)
+            if parameter is None:
+                continue
+            own = f"{path}.{graft.site.parameter}"
+            strangers = [
+                o for o in owners[_values_of(parameter)] if o != own and not _follows(model, grafts, o, graft)
+            ]
+            if strangers and tie == "refuse":
                 raise NotMergeable(
-                    f"{path}.{graft.site.parameter} is the same tensor as {', '.join(others)}; merging would change "
-                    "both. Use tie='split' to give it a tensor of its own (and set the model's tie_word_embeddings "
-                    "to false before exporting)"
+                    f"{own} is the same tensor as {', '.join(strangers)}; merging would change both. "
+                    "Use tie='split' to give it a tensor of its own; save_pretrained then writes a configuration "
+                    "without the tie"
                 )
+            if strangers:
+                split.add(_values_of(parameter))
+    return split
+
+
+def _follows(model: nn.Module, grafts: dict[str, list[Graft]], owner: str, graft: Graft) -> bool:
+    """Whether another owner of a tensor is the same module, or is changed by one and the same adapter tensor."""
+    path = owner.rpartition(".")[0]
+    if model.get_submodule(path) is model.get_submodule(graft.site.module):
+        return True
+    mine = {id(parameter) for parameter in graft.module.parameters()}
+    return any(mine & {id(p) for p in other.module.parameters()} for other in grafts.get(path, ()))
 
 
 def _fold_module(model: nn.Module, path: str, grafts: list[Graft]) -> dict[Key, Tensor]:
@@ -147,14 +174,22 @@ def _fold_module(model: nn.Module, path: str, grafts: list[Graft]) -> dict[Key, 
         out[path, name] = weight.fold(matrix, mine)
     bias = module._parameters.get("bias")
     start = None if bias is None else _computed(bias)
-    changed = None if start is None else weight.fold(start, [g for g in weights if weight.changes_bias(g)], bias=True)
+    changed = (
+        None
+        if start is None
+        else weight.fold(start, [g for g in weights if weight.changes_bias(g)], bias=True)
+    )
     if inputs or outputs:
         name = grafts[0].site.parameter
         out[path, name], changed = _fold_hidden(module, path, out[path, name], changed, inputs, outputs)
     values = {key: _native(operation, module, key, value) for key, value in out.items()}
     if changed is not None:
         values[path, "bias"] = changed
-    return {key: value for key, value in values.items() if not torch.equal(value, _computed(_parameter(module, key[1])))}
+    return {
+        key: value
+        for key, value in values.items()
+        if not torch.equal(value, _computed(_parameter(module, key[1])))
+    }
 
 
 def _native(operation: Operation, module: nn.Module, key: Key, matrix: Tensor) -> Tensor:
@@ -163,10 +198,17 @@ def _native(operation: Operation, module: nn.Module, key: Key, matrix: Tensor) -
 
 
 def _fold_hidden(
-    module: nn.Module, path: str, matrix: Tensor, bias: Tensor | None, inputs: list[Graft], outputs: list[Graft]
+    module: nn.Module,
+    path: str,
+    matrix: Tensor,
+    bias: Tensor | None,
+    inputs: list[Graft],
+    outputs: list[Graft],
 ) -> tuple[Tensor, Tensor | None]:
     """(W', b') of x -> f_out(W f_in(x) + b) for affine f: W' = A_out W A_in, the offsets go to the bias."""
-    offset = torch.zeros(matrix.shape[-2] if matrix.dim() > 1 else matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    offset = torch.zeros(
+        matrix.shape[-2] if matrix.dim() > 1 else matrix.shape[0], dtype=matrix.dtype, device=matrix.device
+    )
     offset = offset if bias is None else bias
     for graft in inputs:
         basis = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
@@ -222,22 +264,29 @@ def _ask(graft: Graft, y: Tensor, x: Tensor | None) -> Tensor:
     return answer if own is None else channels.put(y, answer, own, -1)
 
 
-def _store(model: nn.Module, state: State, names: tuple[str, ...], folded: dict[Key, Tensor], tie: str) -> MergeReport:
+def _store(
+    model: nn.Module, state: State, names: tuple[str, ...], folded: dict[Key, Tensor], split: set[int]
+) -> MergeReport:
     for key, value in folded.items():
         if not bool(torch.isfinite(value).all()):
             raise NotMergeable(f"merging makes {'.'.join(key)} infinite or not a number; nothing was changed")
     originals: dict[Key, Any] = {}
     rounding = 0.0
-    shared = _shared_parameters(model) if tie == "split" else set()
+    replaced: dict[int, nn.Parameter | None] = {}
     for (path, name), value in folded.items():
         module = model.get_submodule(path)
         parameter = _parameter(module, name)
         before = parameter.detach().clone()
-        if id(parameter) in shared:
-            originals[path, name] = (before, parameter)
-            module._parameters[name] = nn.Parameter(value.to(parameter.dtype), requires_grad=parameter.requires_grad)
+        apart = _values_of(parameter) in split
+        if id(parameter) not in replaced:
+            new = nn.Parameter(value.to(parameter.dtype), requires_grad=parameter.requires_grad) if apart else None
+            replaced[id(parameter)] = new
+        elif not apart:  # tied weights that one adapter tensor changes together are written once
+            continue
+        originals[path, name] = (before, parameter if apart else None)
+        if apart:
+            module._parameters[name] = replaced[id(parameter)]
         else:
-            originals[path, name] = (before, None)
             parameter.data.copy_(value)
         rounding = max(rounding, _rounding(value, _parameter(module, name), before))
     state.originals, state.merged, state.before_merge = originals, tuple(names), state.active
@@ -250,18 +299,17 @@ def _rounding(exact: Tensor, kept: Tensor, before: Tensor) -> float:
     return float((kept.detach().to(exact.dtype) - exact).norm() / change) if change > 0 else 0.0
 
 
-def _shared_parameters(model: nn.Module) -> set[int]:
-    seen: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            seen[id(parameter)] = seen.get(id(parameter), 0) + 1
-    return {key for key, count in seen.items() if count > 1}
+def _values_of(parameter: Tensor) -> int:
+    """What two parameters have in common when writing to one changes the other: their memory, not their names."""
+    return parameter.data_ptr() or id(parameter)
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:
     stored = stored_parameter(module, name)
     if stored is None or seat_of(module) is None:
-        raise StateError(f"{type(module).__name__} has no parameter {name!r} any more; detach and attach again")
+        raise StateError(
+            f"{type(module).__name__} has no parameter {name!r} any more; detach and attach again"
+        )
     return stored
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graftwork.engine import channels, sequence
+from graftwork.engine import channels, offloaded, sequence
 from graftwork.engine.adapter import Adapter, Placed
 from graftwork.engine.operations import operation_of
 from graftwork.engine.seat import GRAFTS, Grafts, Seat, seat_of, stored_parameter
@@ -16,9 +16,6 @@ from graftwork.engine.state import State
 from graftwork.engine.swap import take_seat
 from graftwork.reference.properties import Insertion, Port
 from graftwork.reference.site import Access, Kind, Site
-
-
-_MAY_BE_READ = (Access.READ, Access.EITHER)
 
 
 def put(model: nn.Module, state: State, place: Placed) -> None:
@@ -65,15 +62,17 @@ def _arrange_weight(model: nn.Module, state: State, seat: Seat, host: nn.Module,
     seat.owners = tuple(
         take_seat(model.get_submodule(path), state, path) for path in _owner_paths(model, place.site)
     )
-    if place.site.access in _MAY_BE_READ:
-        for owner in seat.owners:
-            owner.readers += 1
+    _count_reads(seat, place.site, 1)
 
 
 def _disarrange_weight(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
-    if place.site.access in _MAY_BE_READ:
-        for owner in seat.owners:
-            owner.readers -= 1
+    _count_reads(seat, place.site, -1)
+
+
+def _count_reads(seat: Seat, site: Site, change: int) -> None:
+    for owner in seat.owners:
+        owner.readers += change if site.access is Access.READ else 0
+        owner.occasional += change if site.access is Access.EITHER else 0
 
 
 def _arrange_hidden(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
@@ -169,9 +168,7 @@ def matrix(model: nn.Module, site: Site) -> Callable[[], Tensor]:
 
     def read() -> Tensor:
         host = model.get_submodule(site.module)
-        stored = stored_parameter(host, site.parameter)
-        assert stored is not None
-        whole = operation_of(type(host)).matrix(host, stored.detach())
+        whole = operation_of(type(host)).matrix(host, _host_tensor(host, site.parameter))
         whole = whole.float() if whole.element_size() < 4 else whole
         return whole if site.channels is None else channels.take(whole, site.channels, -2)
 
@@ -184,12 +181,17 @@ def bias(model: nn.Module, site: Site) -> Callable[[], Tensor] | None:
         return None
 
     def read() -> Tensor:
-        stored = stored_parameter(model.get_submodule(site.module), "bias")
-        assert stored is not None
-        whole = stored.detach().float() if stored.element_size() < 4 else stored.detach()
+        stored = _host_tensor(model.get_submodule(site.module), "bias")
+        whole = stored.float() if stored.element_size() < 4 else stored
         return whole if site.channels is None else channels.take(whole, site.channels, -1)
 
     return read
+
+
+def _host_tensor(host: nn.Module, name: str) -> Tensor:
+    stored = stored_parameter(host, name)
+    assert stored is not None
+    return offloaded.fetched(host, name, stored)
 
 
 def embedding_matrix(model: nn.Module, site: Site) -> Callable[[], Tensor] | None:

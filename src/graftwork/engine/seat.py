@@ -57,6 +57,7 @@ class Seat:
         raw: the module itself is being called, so its parameters read as stored.
         values: parameter values that stand in for the stored ones during the module's own forward.
         readers: how many sites below are only read, so that a routed batch must be split here.
+        occasional: how many sites below are called on some paths and read on others.
         keeps_input: how many parallel modules at the end of a block read what this module reads.
         kept: that input, from this module's call to the block's end.
         entries: path -> seat of first modules of the blocks that end here.
@@ -76,6 +77,7 @@ class Seat:
         self.raw = False
         self.values: dict[str, Tensor] | None = None
         self.readers = 0
+        self.occasional = 0
         self.keeps_input = 0
         self.kept: Tensor | None = None
         self.entries: dict[str, Seat] = {}

@@ -1,6 +1,6 @@
 """Splitting a batch by adapter, where no batched form of a technique exists: slower, never wrong.
 
-    B samples, T tokens, C channels
+B samples, T tokens, C channels
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def by_adapter_here(
     operation = operation_of(base)
     flatten = route.per_token and operation.tokens(first) is not None
     if route.per_token and any(not graft.card.token_wise for _, grafts in running for graft in grafts):
-        raise RouteError(f"{seat.path}: {running[0][1][0].technique} mixes positions and cannot be routed per token")
+        raise RouteError(
+            f"{seat.path}: {running[0][1][0].technique} mixes positions and cannot be routed per token"
+        )
 
     def one(names: tuple[str, ...], call: Call) -> Any:
         mine = tuple((name, grafts) for name, grafts in running if name in names)
@@ -49,12 +51,35 @@ def by_adapter_here(
             seat.state.route = before
 
     lead = first.shape[:2] if flatten else first.shape[:1]
-    return _scatter(one, route, operation.tokens(first), lead, tuple(name for name, _ in running), args, kwargs)
+    return _scatter(
+        one, route, operation.tokens(first), lead, tuple(name for name, _ in running), args, kwargs
+    )
 
 
-def needed(seat: Seat) -> bool:
-    """Whether a routed forward of this owner meets read-only sites of adapters in use."""
-    return seat.readers > 0 and seat.state.route is not None
+def spread(route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Inputs that one row stands for all samples (position ids) laid out per sample, so that rows can differ."""
+    size = route.index.shape[0]
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == 1 < size:
+            return value.expand(size, *value.shape[1:])
+        return value
+
+    return tuple(map(wide, args)), {name: wide(value) for name, value in kwargs.items()}
+
+
+def needed(seat: Seat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a routed forward of this owner reads weights of adapters: then the batch must be split around it.
+
+    Weights that are read on some paths only are called where a cache is used (fused kernels train and prefill).
+    """
+    if seat.state.route is None or not (seat.readers or seat.occasional):
+        return False
+    return seat.readers > 0 or not any(map(_is_cache, (*args, *kwargs.values())))
+
+
+def _is_cache(value: object) -> bool:
+    return hasattr(value, "get_seq_length") or hasattr(value, "conv_states")
 
 
 def by_adapter(
@@ -73,10 +98,14 @@ def by_adapter(
     assert route is not None
     first = args[0] if args else next(iter(kwargs.values()))
     if route.per_token:
-        raise RouteError(f"{seat.path} reads a weight that it does not call; route per sample there, not per token")
-    for value in (*args, *kwargs.values()):
-        if value is not None and hasattr(value, "get_seq_length") or hasattr(value, "conv_states"):
-            raise RouteError(f"{seat.path} reads a weight that it does not call and cannot split a cache by adapter")
+        raise RouteError(
+            f"{seat.path} reads a weight that it does not call; route per sample there, not per token"
+        )
+    if any(map(_is_cache, (*args, *kwargs.values()))):
+        raise RouteError(
+            f"{seat.path} reads a weight that it does not call, and its cache cannot be split by adapter; "
+            "pass use_cache=False, or choose workspaces that are called"
+        )
 
     def one(names: tuple[str, ...], call: Call) -> Any:
         state = seat.state
@@ -117,7 +146,11 @@ def _scatter(
 def _rows_of(rows: Tensor, lead: torch.Size, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     def pick(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() >= len(lead) and value.shape[: len(lead)] == lead:
-            return value.flatten(0, len(lead) - 1).index_select(0, rows) if len(lead) > 1 else value.index_select(0, rows)
+            return (
+                value.flatten(0, len(lead) - 1).index_select(0, rows)
+                if len(lead) > 1
+                else value.index_select(0, rows)
+            )
         if isinstance(value, tuple):
             return tuple(pick(part) for part in value)
         return value
@@ -144,5 +177,3 @@ def _bare(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwar
         return base.forward(module, *args, **kwargs)  # type: ignore[attr-defined]
     finally:
         seat.raw = before
-
-

@@ -42,6 +42,7 @@ def run(
     """The host's forward with the effective weight of the running adapters."""
     operation = operation_of(base)
     if seat.state.route is not None:
+        args, kwargs = split.spread(seat.state.route, args, kwargs)
         if operation.thin(module, base) and all(_is_thin(graft) for graft in flat(running)):
             return _thin(operation, module, seat, base, running, args, kwargs)
         return split.by_adapter_here(module, seat, base, dense_or_thin, running, args, kwargs)
@@ -118,12 +119,18 @@ def _refuse_shadowed(module: nn.Module, seat: Seat, changed: dict[str, Tensor]) 
             )
 
 
-def values(module: nn.Module, seat: Seat, grafts: tuple[Graft, ...], names: Iterable[str]) -> dict[str, Tensor]:
+def values(
+    module: nn.Module, seat: Seat, grafts: tuple[Graft, ...], names: Iterable[str]
+) -> dict[str, Tensor]:
     """Effective values of those parameters that `grafts` change, in storage layout and precision."""
     operation = operation_of(type(module))
     out: dict[str, Tensor] = {}
     for name in names:
-        here = [g for g in grafts if (name == "bias" and changes_bias(g)) or (name == g.site.parameter and changes_weight(g))]
+        here = [
+            g
+            for g in grafts
+            if (name == "bias" and changes_bias(g)) or (name == g.site.parameter and changes_weight(g))
+        ]
         if not here:
             continue
         stored = stored_parameter(module, name)
@@ -162,4 +169,3 @@ def changes_bias(graft: Graft) -> bool:
 
 def _is_thin(graft: Graft) -> bool:
     return isinstance(graft.module, LowRankModule) and not graft.site.batch and not changes_bias(graft)
-

@@ -19,7 +19,7 @@ from graftwork.errors import PortUnavailable
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
-from graftwork.reference.site import Site
+from graftwork.reference.site import Kind, Site
 from graftwork.reference.technique import Above, Technique
 
 
@@ -55,18 +55,25 @@ class FineTuning(Technique):
     def build(self, site: Site) -> nn.Module:
         return Copy(site)
 
+    def tie(self, first: nn.Module, second: nn.Module) -> None:
+        """Two sites of one host tensor (tied embeddings) train one copy, as in full fine-tuning."""
+        second.weight = first.weight
+
     def learning_rates(self) -> Mapping[str, float]:
         return {} if self.rate == 1.0 else {"weight": self.rate, "bias": self.rate}
 
 
 class Copy(WeightModule):
+    """The trained copy; a table is kept as rows by width, as hosts store it (and may share it with their output)."""
+
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.weight = _copy(site, site.shape, site.matrix)
+        self.table = site.kind is Kind.EMBEDDING
+        self.weight = _copy(site, site.shape, site.matrix, self.table)
         self.bias = _copy(site, (site.width_out,), site.bias) if site.has_bias else None
 
     def effective(self, weight: Tensor, base: Tensor) -> Tensor:
-        own = self.weight.to(weight.dtype)
+        own = (self.weight.mT if self.table else self.weight).to(weight.dtype)
         return own if weight is base else weight + (own - base)
 
     def effective_bias(self, bias: Tensor, base: Tensor) -> Tensor:
@@ -76,10 +83,13 @@ class Copy(WeightModule):
         return own if bias is base else bias + (own - base)
 
 
-def _copy(site: Site, shape: tuple[int, ...], read: Callable[[], Tensor] | None) -> nn.Parameter:
+def _copy(
+    site: Site, shape: tuple[int, ...], read: Callable[[], Tensor] | None, turned: bool = False
+) -> nn.Parameter:
     if read is None:
         raise PortUnavailable(f"{site.key} ({site.module}) cannot be read, so no copy of it can be trained")
-    values = torch.empty(shape)
-    return nn.Parameter(
-        values if values.is_meta else read().reshape(shape).clone(memory_format=torch.contiguous_format)
-    )
+    values = torch.empty(shape[::-1] if turned else shape)
+    if not values.is_meta:
+        values = read().reshape(shape)
+        values = (values.mT if turned else values).clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(values)
