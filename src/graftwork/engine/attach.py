@@ -81,7 +81,7 @@ def attach(
     wanted = [(i, t, site) for i, t in enumerate(techniques) for site in _sites(model, t)]
     techniques, wanted = _with_head(model, techniques, wanted, head)
     built = _build(model, techniques, wanted, name)
-    adapter = Adapter(name, techniques, built)
+    adapter = Adapter(name, techniques, built, _size(model))
     _seat(model, state, adapter)
     state.unreached, state.ungraded = verify, verify
     return adapter
@@ -222,6 +222,11 @@ def _with_head(
         return techniques, wanted
     tuning = make("fine-tuning", {"workspaces": ["head"]})
     return (*techniques, tuning), [*wanted, *((len(techniques), tuning, site) for site in sites)]
+
+
+def _size(model: nn.Module) -> int:
+    own = {id(p): p.numel() for _, module in walk(model) for p in module._parameters.values() if p is not None}
+    return sum(own.values())
 
 
 def _build(

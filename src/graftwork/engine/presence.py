@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from graftwork.engine import offloaded
 from graftwork.errors import StateError
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Facts:
                 if place.site.module not in self._known:
                     self._known.add(place.site.module)
                     self._facts += self._of(model, seat_name, place.site.module)
+                held = place.graft.module.__dict__
+                self._facts.append((held, offloaded.HOOK, held.get(offloaded.HOOK), place.site.module))
         self._entries = [(entries, key) for entries, key, _, _ in self._facts]
         self._values = [value for _, _, value, _ in self._facts]
 
@@ -51,7 +54,20 @@ class Facts:
         if not self._facts:
             self.gather(model, seat_name, adapters)
         if [entries.get(key) for entries, key in self._entries] != self._values:
-            raise _changed(fact for fact in self._facts if fact[0].get(fact[1]) != fact[2])
+            self._tell(model, seat_name, adapters)
+
+    def _tell(self, model: nn.Module, seat_name: str, adapters: Iterable[Adapter]) -> None:
+        changed = [fact for fact in self._facts if fact[0].get(fact[1]) != fact[2]]
+        hooked = [fact for fact in changed if fact[1] == offloaded.HOOK]
+        if any(offloaded.offloading(entries.get(key)) for entries, key, _, _ in hooked):
+            raise StateError(
+                "the model was offloaded after attach, adapter tensors with it. Offload (dispatch_model, cpu_offload, "
+                "device_map) first, then attach"
+            )
+        if len(changed) > len(hooked):
+            raise _changed(fact for fact in changed if fact not in hooked)
+        self.forget()
+        self.gather(model, seat_name, adapters)
 
     def _of(self, model: nn.Module, seat_name: str, path: str) -> list[Fact]:
         facts: list[Fact] = []
