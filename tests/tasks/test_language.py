@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tasks.kit import plain_tokenizer, word_tokenizer
+from small_tokenizers import plain_tokenizer, word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graftwork.data.rows import Rows
