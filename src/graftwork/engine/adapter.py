@@ -33,12 +33,20 @@ class Adapter:
         name: unique on its model.
         techniques: in the order given; a fresh task head is the last of them.
         placed: every module with its site, port and tensor-name prefix.
+        host_parameters: number of values of the model it was attached to.
     """
 
-    def __init__(self, name: str, techniques: tuple[Technique, ...], placed: tuple[Placed, ...]) -> None:
+    def __init__(
+        self,
+        name: str,
+        techniques: tuple[Technique, ...],
+        placed: tuple[Placed, ...],
+        host_parameters: int = 0,
+    ) -> None:
         self.name = name
         self.techniques = techniques
         self.placed = placed
+        self.host_parameters = host_parameters
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -72,7 +80,7 @@ class Adapter:
             for name, parameter in place.graft.module.named_parameters():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
-                    yield self._name(place, name), parameter
+                    yield self.tensor_name(place, name), parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Each parameter once."""
@@ -82,18 +90,24 @@ class Adapter:
         """Number of trainable values."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def summary(self) -> str:
+        """What was grafted where, as a table: modules and layers reached, parameters, bytes in a file."""
+        from graftwork.engine.summary import table
+
+        return table(self)
+
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds: names such as `3/attention.query.down`, each tensor once."""
         out: dict[str, Tensor] = {}
         for place in self.placed:
             for name, tensor in stored_tensors(place.graft.module).items():
-                out.setdefault(self._name(place, name), tensor.detach())
+                out.setdefault(self.tensor_name(place, name), tensor.detach())
         return out
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Fill the modules; names and shapes must fit exactly, and nothing changes when they do not."""
         here = {
-            self._name(place, name): tensor
+            self.tensor_name(place, name): tensor
             for place in self.placed
             for name, tensor in place.graft.module.state_dict(keep_vars=True).items()
         }
@@ -101,7 +115,8 @@ class Adapter:
         for name, target in here.items():
             target.data.copy_(tensors[name])
 
-    def _name(self, place: Placed, tensor: str) -> str:
+    def tensor_name(self, place: Placed, tensor: str) -> str:
+        """What a file calls one tensor of a module."""
         if tensor.startswith("shared."):
             clash = any(p.index < place.index and hasattr(p.graft.module, "shared") for p in self.placed)
             return f"{place.graft.technique}@{tensor}" if clash else tensor
@@ -138,7 +153,11 @@ def _check_fit(name: str, here: Mapping[str, Tensor], given: Mapping[str, Tensor
     if missing or surplus:
         lines = [f"tensors do not fit adapter {name!r}:"]
         lines += [f"missing {len(missing)}: {', '.join(missing[:6])}"] if missing else []
-        lines += [f"surplus {len(surplus)}: {', '.join(surplus[:6])}. {nearest(surplus[0], here)}"] if surplus else []
+        lines += (
+            [f"surplus {len(surplus)}: {', '.join(surplus[:6])}. {nearest(surplus[0], here)}"]
+            if surplus
+            else []
+        )
         raise BadFile(" ".join(lines))
     wrong = [
         f"{key} is {tuple(given[key].shape)}, expected {tuple(tensor.shape)}"

@@ -225,7 +225,9 @@ def _with_head(
 
 
 def _size(model: nn.Module) -> int:
-    own = {id(p): p.numel() for _, module in walk(model) for p in module._parameters.values() if p is not None}
+    own = {
+        id(p): p.numel() for _, module in walk(model) for p in module._parameters.values() if p is not None
+    }
     return sum(own.values())
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from graftwork.engine.seat import GRAFTS, seat_of
+from graftwork.engine.state import State
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +19,22 @@ logger = logging.getLogger(__name__)
 def is_adapter_key(key: str) -> bool:
     """Whether a state-dict key belongs to an adapter."""
     return GRAFTS in key.split(".")
+
+
+@contextmanager
+def _honest_about_ties(model: nn.Module, state: State, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """While writing, the configuration does not claim a tie that merging has split: converters trust it."""
+    config: Any = getattr(model, "config", None)
+    split = any(shared is not None for _, shared in state.originals.values())
+    ties_left = len({tensor.data_ptr() for tensor in tensors.values()}) < len(tensors)
+    if not split or ties_left or not getattr(config, "tie_word_embeddings", False):
+        yield
+        return
+    config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        config.tie_word_embeddings = True
 
 
 def members(base: type) -> dict[str, Any]:
@@ -32,10 +51,14 @@ def members(base: type) -> dict[str, Any]:
         seat = seat_of(self)
         if seat is None or "state_dict" in kwargs:
             return base.save_pretrained(self, save_directory, **kwargs)
-        if seat.state.adapters:
-            names = ", ".join(seat.state.adapters)
-            logger.warning("save_pretrained writes the base model without its adapters (%s); use graftwork.save", names)
+        left_out = [name for name in seat.state.adapters if name not in seat.state.merged]
+        if left_out:
+            names = ", ".join(left_out)
+            logger.warning(
+                "save_pretrained writes the base model without its adapters (%s); use graftwork.save", names
+            )
         state = {key: value for key, value in self.state_dict().items() if not is_adapter_key(key)}
-        return base.save_pretrained(self, save_directory, state_dict=state, **kwargs)
+        with _honest_about_ties(self, seat.state, state):
+            return base.save_pretrained(self, save_directory, state_dict=state, **kwargs)
 
     return {"save_pretrained": save_pretrained}
