@@ -18,6 +18,7 @@ from graftwork.errors import RouteError, StateError
 from graftwork.reference.properties import Port
 
 Running = tuple[tuple[str, tuple[Graft, ...]], ...]
+Laid = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ class Prefix:
         return self.keys.shape[2]
 
 
-_laid_out: WeakKeyDictionary[Route, dict[tuple[object, ...], tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Route, dict[tuple[object, ...], Laid]] = WeakKeyDictionary()
 
 
 def gather(seat: Seat, key: Tensor, value: Tensor) -> Prefix | None:
     """The prefix of this forward, in the precision of `key` (B, H, K, D); None when no sample has one."""
     route = seat.state.route
     running = seat.running(Port.ATTENTION)
-    if route is not None:
+    if route is not None and not torch.compiler.is_compiling():  # a compiled graph must serve any index
         running = tuple(entry for entry in running if route.uses(entry[0]))
     if not running:
         return None
@@ -90,15 +91,23 @@ def _table(parts: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([*padded, torch.zeros_like(padded[0])])
 
 
-def _layout(route: Route, running: Running, lengths: list[int], key: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) row of the table for each sample, (B, N) which positions it has; the same in every layer."""
-    names = tuple(name for name, _ in running)
-    slot = (names, tuple(lengths), len(key))
-    known = {} if torch.compiler.is_compiling() else _laid_out.setdefault(route, {})
+def _layout(route: Route, running: Running, lengths: list[int], key: Tensor) -> Laid:
+    """(B,) row of the table for each sample, (B, N) which positions it has (None: all); same in every layer."""
+    if torch.compiler.is_compiling():
+        return _laid(route, running, lengths, key)
+    slot = (tuple(name for name, _ in running), tuple(lengths), len(key))
+    known = _known.setdefault(route, {})
     if slot not in known:
-        index = route.fit(len(key), None).to(key.device)
-        here = [names.index(name) if name in names else len(names) for name in route.names]
-        rows = torch.tensor([*here, len(names)], device=key.device)[index]  # index -1 takes the last entry
-        counts = torch.tensor([*lengths, 0], device=key.device)[rows]
-        known[slot] = rows, torch.arange(max(lengths), device=key.device) < counts[:, None]
+        known[slot] = _laid(route, running, lengths, key)
     return known[slot]
+
+
+def _laid(route: Route, running: Running, lengths: list[int], key: Tensor) -> Laid:
+    names = [name for name, _ in running]
+    index = route.fit(len(key), None).to(key.device)
+    here = [names.index(name) if name in names else len(names) for name in route.names]
+    rows = torch.tensor([*here, len(names)], device=key.device)[index]  # index -1 takes the last entry
+    if len(set(lengths)) == 1 and not torch.compiler.is_compiling() and not route.leaves_out(names):
+        return rows, None
+    counts = torch.tensor([*lengths, 0], device=key.device)[rows]
+    return rows, torch.arange(max(lengths), device=key.device) < counts[:, None]

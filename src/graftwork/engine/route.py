@@ -1,6 +1,6 @@
 """A route: which adapter serves which sample or token. Prepared once, read by every site.
 
-    B samples, T tokens, N adapters of the route
+B samples, T tokens, N adapters of the route
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ class Route:
         self.per_token = index.dim() == 2
         self._fitted: dict[tuple[int, int | None], Tensor] = {}
         self._rows: dict[tuple[int, int | None, str], Tensor] = {}
+        self._bare = bool((self.index < 0).any())
         self._used = {name: i for i, name in enumerate(self.names) if bool((self.index == i).any())}
+
+    def leaves_out(self, names: Sequence[str]) -> bool:
+        """Whether any sample or token goes to the bare base or to an adapter other than `names`."""
+        return self._bare or any(name not in names for name in self._used)
 
     def uses(self, name: str) -> bool:
         """Whether any sample or token goes to `name` (known on the host, no device synchronisation)."""
@@ -89,5 +94,7 @@ def _checked(names: tuple[str, ...], index: Tensor) -> Tensor:
         raise RouteError(f"a route names each adapter once, not {list(names)}")
     low, high = int(index.min()), int(index.max())
     if low < -1 or high >= len(names):
-        raise RouteError(f"route index {low if low < -1 else high} is outside [-1, {len(names)}) for {list(names)}")
+        raise RouteError(
+            f"route index {low if low < -1 else high} is outside [-1, {len(names)}) for {list(names)}"
+        )
     return index.long()

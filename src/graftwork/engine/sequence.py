@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from graftwork.engine import sequence_cache
 from graftwork.engine.seat import Seat, seat_of
 from graftwork.engine.sequence_facts import (
     Facts,
@@ -38,6 +39,8 @@ def install(model: nn.Module, module: nn.Module, seat: Seat) -> None:
     facts = facts_of(model, site)
     stack = _seat(model, stack_path(model, site), seat)
     layers = tuple(_seat(model, path, seat) for path in layer_paths(model, site))
+    if facts.cache:
+        sequence_cache.ready()
     around = stack.around if isinstance(stack.around, AtStack) else None
     stack.around = AtStack(facts, layers, around.encoder if around else None)
     if facts.between or any(layer.at(Port.SEQUENCE) for layer in layers):

@@ -1,13 +1,12 @@
 """Caches that hold slots and speak of own positions only.
 
 Everything outside the stack (generation, masks prepared early) counts the tokens it gave; the stack counts
-slots too. A cache filled with slots therefore gets a subclass of its class that takes them off, except while the
-stack runs. The layout of the slots is stored on it: a cache with one means decoding, whatever is active by then.
+slots too. A cache filled with slots therefore gets a subclass of its class that takes them off, except while
+the stack runs. The layout of the slots is stored on it: a cache with one means decoding, whatever is active.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor
@@ -75,9 +74,24 @@ def leave(cache: Any, before: bool) -> None:
         setattr(own(cache), _INSIDE, before)
 
 
-@functools.cache
+_classes: dict[type, type] = {}
+
+
 def prompted(base: type) -> type:
-    """The subclass of a cache class that counts own positions."""
+    """The subclass of a cache class that counts own positions (made once, before anything is traced)."""
+    if base not in _classes:
+        _classes[base] = _make(base)
+    return _classes[base]
+
+
+def ready() -> None:
+    """Make the class of `new` now: a compiler cannot trace the making of a class."""
+    from transformers import DynamicCache
+
+    prompted(DynamicCache)
+
+
+def _make(base: type) -> type:
 
     def get_seq_length(self: Any, layer_idx: int = 0) -> Any:
         whole = base.get_seq_length(self, layer_idx)  # type: ignore[attr-defined]

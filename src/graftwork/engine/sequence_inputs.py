@@ -195,8 +195,8 @@ def _refuse_unknown(facts: Facts, call: Call, slots: Slots) -> None:
         strange = name not in _KNOWN and not name.startswith("encoder_") and isinstance(value, Tensor)
         if strange and extents[1] > 1 and tuple(value.shape[:2]) == extents:
             raise PortUnavailable(
-                f"{facts.where}: prompt {slots.names} does not know what {name!r} {tuple(value.shape)} should "
-                "be at its own positions; use the attention port (prefix tuning)"
+                f"{facts.where}: prompt {slots.names} does not know what {name!r} {tuple(value.shape)} "
+                "should be at its own positions; use the attention port (prefix tuning)"
             )
 
 

@@ -123,13 +123,14 @@ def compose(
     shares = [share for name in state.running if (share := _share(seat, layers, name)) is not None]
     if state.route is None:
         return Slots([shares], None, causal) if shares else None
-    shares = [share for share in shares if state.route.uses(share.name)]
+    tracing = torch.compiler.is_compiling()  # a compiled graph must serve any index
+    shares = [share for share in shares if tracing or state.route.uses(share.name)]
     if not shares:
         return None
     if state.route.per_token:
         raise RouteError(
-            f"{seat.path or 'the model'}: the positions of a prompt ({', '.join(s.name for s in shares)}) "
-            "belong to whole rows and cannot be routed per token. Route per sample: an index of shape (batch,)"
+            f"{seat.path or 'the model'}: positions of a prompt ({', '.join(s.name for s in shares)})"
+            " belong to whole rows and cannot be routed per token. Route per sample: an index of shape (batch,)"
         )
     index = state.route.fit(batch, None).to(device)
     names = [share.name for share in shares]
@@ -137,7 +138,8 @@ def compose(
     row_of = torch.tensor([*here, len(names)], device=device)[
         index
     ]  # index -1 takes the last entry: no prompt
-    return Slots([*([share] for share in shares), []], row_of, causal)
+    empty: list[list[Share]] = [[]] if tracing or state.route.leaves_out(names) else []
+    return Slots([*([share] for share in shares), *empty], row_of, causal)
 
 
 def _share(seat: Seat, layers: tuple[Seat, ...], name: str) -> Share | None:

@@ -73,8 +73,8 @@ class AtStack:
         if mask is not None and mask.shape[-1] != own:
             raise StateError(
                 f"{self.facts.where}: the encoder's output has {hidden.shape[1]} positions, its mask "
-                f"{mask.shape[-1]} and the running prompt {slots.names} {slots.length}: "
-                "it was encoded under another prompt. Run encoder and decoder under the same active adapters and route"
+                f"{mask.shape[-1]} and the running prompt {slots.names} {slots.length}: it "
+                "was encoded under another prompt. Run both under the same active adapters and route"
             )
         padding = mask if mask is not None and mask.dim() == 2 else None
         layout = slots.lay_out(padding, len(hidden), around.facts.keep, around.facts.front, hidden.device)
