@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
@@ -13,9 +14,14 @@ from graftwork.errors import GraftworkError
 T = TypeVar("T")
 
 
+def processes() -> PartialState:
+    """This process among those that torchrun or accelerate started together."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def by_first(action: Callable[[], T]) -> T:
     """Run `action` in the first process only; all get its answer, or raise its error together."""
-    state = PartialState()
+    state = processes()
     outcome: list[Any] = [None, None]
     if state.is_main_process:
         try:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import set_seed
 from transformers.trainer_callback import TrainerState
@@ -27,7 +26,7 @@ from graftwork.training.groups import grouped
 from graftwork.training.journal import Journal, Recorder, Watch, is_overhead
 from graftwork.training.materials import Materials, base, prepare
 from graftwork.training.memory import peak_bytes, reset_peak
-from graftwork.training.processes import by_first
+from graftwork.training.processes import by_first, processes
 from graftwork.training.recipe import Recipe
 from graftwork.training.result import RunResult, card, spelled, versions
 from graftwork.training.trainer import Trainer
@@ -69,8 +68,7 @@ class _Run:
     watch: Watch | None
 
     def go(self, checkpoint: Path | None) -> RunResult:
-        processes = PartialState()
-        journal = Journal(self.folder.metrics, writes=processes.is_main_process)
+        journal = Journal(self.folder.metrics, writes=processes().is_main_process)
         before = journal.cut(checkpoints.step_of(checkpoint) if checkpoint else 0)
         recorder = Recorder(journal, before, self.watch)
         facts = self._facts()
@@ -99,9 +97,7 @@ class _Run:
 
     def _trainer(self, recorder: Recorder) -> Trainer:
         materials, training = self.materials, self.recipe.training
-        arguments = training_arguments(
-            training, materials.task, self.folder.path, PartialState().num_processes
-        )
+        arguments = training_arguments(training, materials.task, self.folder.path, processes().num_processes)
         return make_trainer(
             materials,
             args=arguments,
@@ -164,7 +160,7 @@ class _Run:
             "parameters": sum(p.numel() for p in materials.model.parameters() if id(p) not in own),
             "flops_per_step": self.flops,
             "peak_of": "accelerator" if torch.cuda.is_available() else "process",
-            "processes": PartialState().num_processes,
+            "processes": processes().num_processes,
             "seed": recipe.training.seed,
             "command": shlex.join(["graftwork", *sys.argv[1:]]),
             "versions": versions(),

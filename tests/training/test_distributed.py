@@ -1,0 +1,71 @@
+"""Two processes (gloo, CPU) against one: DDP and FSDP2 take the same steps and write the same adapter."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import recipe_values
+from safetensors.torch import load_file
+
+from graftwork.testing import tiny
+from graftwork.training.journal import Journal
+from graftwork.training.recipe import Recipe
+from graftwork.training.result import RunResult
+from graftwork.training.run import tune
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LENGTH = {"steps": 6, "log_every": 1, "evaluate_every": 3, "save_every": 2, "keep": "last"}
+
+
+@pytest.fixture(scope="module")
+def quiet(stage: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stage with a host without dropout: processes draw different masks."""
+
+    folder = tmp_path_factory.mktemp("quiet") / "stage"
+    shutil.copytree(stage, folder)
+    tiny("bert-base", NO_DROPOUT).save_pretrained(folder / "host")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(quiet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("alone") / "run"
+    tune(Recipe.of(recipe_values(quiet, output, **LENGTH)))
+    return output
+
+
+def launch(recipe: Recipe, folder: Path) -> None:
+    file = folder / "recipe.yaml"
+    file.write_text(recipe.text())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    done = subprocess.run(
+        [*command, "-m", "graftwork", "tune", str(file)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def losses(output: Path) -> list[float]:
+    return [r["loss"] for r in Journal(output / "metrics.jsonl").records() if "loss" in r]
+
+
+@pytest.mark.parametrize(("sharding", "slices"), [("none", 2), ("fsdp2", 1)])
+def test_two_processes_train_as_one(
+    quiet: Path, alone: Path, tmp_path: Path, sharding: str, slices: int
+) -> None:
+    output = tmp_path / "run"
+    values = recipe_values(quiet, output, **LENGTH, sharding=sharding, accumulation=slices)
+    launch(Recipe.of(values), tmp_path)
+    assert len(list((output / "adapter").iterdir())) == 1
+    assert losses(output) == pytest.approx(losses(alone), abs=2e-5)
+    assert len(losses(output)) == 6
+    result = RunResult.of(json.loads((output / "run.json").read_text()), "run.json")
+    assert result.processes == 2
+    one, two = (load_file(run / "adapter" / "default.safetensors") for run in (alone, output))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
