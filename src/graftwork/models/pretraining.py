@@ -76,7 +76,7 @@ def pretrain(
     folder = host_folder(name)
     if not force and _made_with(folder) == (count, seed):
         return folder
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         material = lessons(host)
@@ -89,6 +89,7 @@ def pretrain(
         "steps": count,
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 1),
+        "processor_seconds": round(time.process_time() - worked, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_on": material.size,
         "baseline_loss": material.baseline,
