@@ -11,6 +11,7 @@ from graftwork.cli import (
     anatomy,
     convert,
     cost,
+    demo,
     docs,
     evaluate,
     merge,
@@ -36,6 +37,7 @@ app.command("techniques")(techniques.show)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
 app.command("pretrain")(pretrain.pretrain)
+app.command("demo")(demo.demo)
 app.command("docs")(docs.docs)
 
 TRACEBACK = "--traceback"

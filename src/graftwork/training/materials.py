@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graftwork.data.rows import Splits
-from graftwork.data.splits import read_splits
+from graftwork.data.splits import draw, read_splits
 from graftwork.data.tables import Layout
 from graftwork.models.base import load_base
 from graftwork.tasks.base import Encoded, Task
@@ -51,16 +51,18 @@ def prepare(recipe: Recipe) -> Materials:
 
 def read(data: Data, seed: int) -> Splits:
     """The rows of each part."""
-    return read_splits(
+    found = read_splits(
         data.train,
         validation=data.validation,
         test=data.test,
         hold_out=data.hold_out,
         seed=seed,
-        limit=data.limit,
         columns=data.columns,
         layout=Layout(**data.layout.model_dump()),
     )
+    few = data.evaluation_limit
+    validation, test = (part and draw(part, few, seed) for part in (found.validation, found.test))
+    return Splits(draw(found.train, data.limit, seed), validation, test)
 
 
 def base(model: Model, task: Task) -> tuple[nn.Module, Any]:

@@ -113,7 +113,8 @@ class Data(Section):
         columns: role -> column of the source (or its number): `{text: sentence, label: 1}`.
         layout: of csv, tsv and text files.
         hold_out: share of the training rows kept aside where there are no validation rows.
-        limit: at most so many rows of each part.
+        limit: at most so many training rows.
+        evaluation_limit: at most so many rows of validation and of test.
     """
 
     train: str
@@ -123,6 +124,7 @@ class Data(Section):
     layout: FileLayout = FileLayout()
     hold_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     limit: Annotated[int, Field(ge=1)] | None = None
+    evaluation_limit: Annotated[int, Field(ge=1)] | None = None
 
 
 class Training(Section):

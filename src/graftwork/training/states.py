@@ -88,7 +88,8 @@ def restore_optimizer(
 def random_state() -> dict[str, Any]:
     """Python's, numpy's and torch's generators as JSON values and byte tensors."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    drawn: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = drawn
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
         "numpy": [
