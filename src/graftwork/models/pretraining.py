@@ -79,29 +79,33 @@ def pretrain(
     started, worked = time.perf_counter(), time.process_time()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        material = lessons(host)
-        model = getattr(transformers, host.model_class).from_config(host.config())
-        before = evaluate(model, material)
-        _train(model, material, host, count, seed, f"pretraining {name}" if progress else None)
-        after = evaluate(model, material)
-    report = {
-        "host": name,
-        "steps": count,
-        "seed": seed,
+        model, material, learnt = _learn(host, count, seed, f"pretraining {name}" if progress else None)
+    used = {
         "seconds": round(time.perf_counter() - started, 1),
         "processor_seconds": round(time.process_time() - worked, 1),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trained_on": material.size,
-        "baseline_loss": material.baseline,
-        "before": before,
-        "after": after,
-        "versions": _versions(),
     }
+    report = {"host": name, "steps": count, "seed": seed} | used | learnt | {"versions": _versions()}
     with _new_folder(folder) as draft:
         _without_head(model, host).save_pretrained(draft)
         material.preprocessor.save_pretrained(draft)
         (draft / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     return folder
+
+
+def _learn(host: Host, steps: int, seed: int, title: str | None) -> tuple[Any, Lessons, dict[str, Any]]:
+    """The trained model, what it was trained on, and what it knew before and after."""
+    material = lessons(host)
+    model = getattr(transformers, host.model_class).from_config(host.config())
+    before = evaluate(model, material)
+    _train(model, material, host, steps, seed, title)
+    learnt = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_on": material.size,
+        "baseline_loss": material.baseline,
+        "before": before,
+        "after": evaluate(model, material),
+    }
+    return model, material, learnt
 
 
 @torch.no_grad()
