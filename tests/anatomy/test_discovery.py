@@ -1,7 +1,5 @@
 """Models that no table knows."""
 
-import copy
-
 import pytest
 import torch
 import transformers
@@ -127,10 +125,27 @@ def test_torch_transformer_has_two_stacks_and_cross_attention():
 
 
 def test_attention_with_keys_of_another_width():
-    model = nn.Sequential(nn.MultiheadAttention(8, 2, kdim=4, vdim=6))
-    model = nn.ModuleDict({"blocks": nn.ModuleList([model, copy.deepcopy(model)])})
-    shapes = {s.workspace: s.shape for s in all_sites(model) if s.kind is Kind.PARAMETER}
-    assert shapes in ({}, {"attention.query": (8, 8), "attention.key": (8, 4), "attention.value": (8, 6)})
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.linear = nn.MultiheadAttention(8, 2, kdim=4, vdim=6), nn.Linear(8, 8)
+
+    model = nn.Sequential(Reader(), Reader())
+    shapes = {s.key: s.shape for s in all_sites(model) if s.kind is Kind.PARAMETER}
+    expected = {"attention.query": (8, 8), "attention.key": (8, 4), "attention.value": (8, 6)}
+    assert shapes == {f"{layer}/{part}": shape for layer in (0, 1) for part, shape in expected.items()}
+
+
+def test_attention_outside_layers_is_known_too():
+    """Its output projection is read and never called: as a plain linear, a module there would do nothing."""
+    model = nn.ModuleDict({"pool": nn.MultiheadAttention(8, 2), "out": nn.Linear(8, 3)})
+    sites = {s.key: s for s in all_sites(model)}
+    assert sites["attention.output"].access is Access.READ
+    assert sites["attention.value"].channels == (16, 24)
+    assert sites["linear"].module == "out"
+    lone = {s.key: s for s in all_sites(Block())}
+    assert lone["attention.qkv"].module == "qkv"
+    assert lone["attention.output"].module == "proj"
 
 
 class Block(nn.Module):

@@ -50,7 +50,7 @@ def test_heads(name, expected):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_head_is_what_the_bare_model_lacks(name):
-    """The parameters of a task model that its bare model does not have, less any that are tied to an embedding."""
+    """The parameters of a task model that its bare model does not have."""
     for task in TASKS:
         try:
             model = tiny(f"{name}-{task}")

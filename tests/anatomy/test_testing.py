@@ -36,7 +36,14 @@ def test_padding():
     assert set(tiny_batch("t5")) == {"input_ids", "attention_mask", "decoder_input_ids"}
 
 
-@pytest.mark.parametrize("name, part", [("brt", "Did you mean bert"), ("bert-clasification", "has no task"), ("mamba-question-answering", "transformers has no")])  # fmt: skip
+MISSPELT = {
+    "brt": "Did you mean bert",
+    "bert-clasification": "has no task",
+    "mamba-question-answering": "transformers has no",
+}
+
+
+@pytest.mark.parametrize("name, part", MISSPELT.items())
 def test_names_that_do_not_exist(name, part):
     with pytest.raises(UnknownName, match=part):
         tiny(name)

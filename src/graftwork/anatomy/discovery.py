@@ -18,7 +18,7 @@ from torch import nn
 
 from graftwork.anatomy.anatomy import Anatomy, Place, Stack
 from graftwork.anatomy.measure import Measure, measure
-from graftwork.anatomy.roles import attention_modules, is_attention, roles
+from graftwork.anatomy.roles import Role, attention_modules, attention_outside, is_attention, roles
 from graftwork.anatomy.walk import children, expand, join, walk
 from graftwork.reference.site import Kind
 
@@ -48,6 +48,8 @@ def discover(model: nn.Module, taken: set[int], others: bool = False) -> Anatomy
     Args:
         others: stacks of known families exist beside, so a discovered one needs a name.
     """
+    if all(id(m) in taken or measure(m) is None for _, m in walk(model)):
+        return Anatomy(families=(), stacks=())
     runs: dict[tuple[str, str], list[Found]] = {}
     for container, path, layer in _layers("", model, taken):
         runs.setdefault((_class_of(layer), re.sub(r"\d+", "*", container)), []).append((path, layer))
@@ -59,16 +61,15 @@ def discover(model: nn.Module, taken: set[int], others: bool = False) -> Anatomy
     return _arranged(stacks, outside)
 
 
-def _arranged(stacks: list[Stack], outside: list[tuple[str, str]]) -> Anatomy:
+def _arranged(stacks: list[Stack], outside: list[Role]) -> Anatomy:
     """Places outside layers go to the stack whose module holds them, the others to none."""
     around: dict[str, dict[str, tuple[Place | str, ...]]] = {stack.name: {} for stack in stacks}
     places: dict[str, tuple[Place | str, ...]] = {}
-    for workspace, path in outside:
-        home = next(
-            (stack.name for stack in stacks if stack.path and path.startswith(f"{stack.path}.")), None
-        )
+    for workspace, place in outside:
+        homes = (stack.name for stack in stacks if stack.path and place.path.startswith(f"{stack.path}."))
+        home = next(homes, None)
         entry = places if home is None else around[home]
-        entry[workspace] = (*entry.get(workspace, ()), path)
+        entry[workspace] = (*entry.get(workspace, ()), place)
     placed = tuple(replace(stack, around=around[stack.name]) for stack in stacks)
     return Anatomy(families=(), stacks=placed, places=places)
 
@@ -179,8 +180,11 @@ def _names(containers: list[str], others: bool) -> list[str]:
     return names
 
 
-def _outside(model: nn.Module, taken: set[int], stacked: bool, known: bool) -> Iterator[tuple[str, str]]:
-    """(workspace, path) of every loose module outside layers."""
+def _outside(model: nn.Module, taken: set[int], stacked: bool, known: bool) -> Iterator[Role]:
+    """(workspace, place) of every loose module outside layers."""
+    attention = attention_outside(model, taken)
+    yield from attention
+    taken = taken | {id(model.get_submodule(place.path)) for _, place in attention}
     loose = [
         (p, m, found) for p, m in walk(model) if id(m) not in taken and (found := measure(m)) is not None
     ]
@@ -189,9 +193,9 @@ def _outside(model: nn.Module, taken: set[int], stacked: bool, known: bool) -> I
     for path, module, found in loose:
         if found.kind is Kind.LINEAR:
             vocabulary = _is_vocabulary(path, module, found, tables)
-            yield ("lm_head" if vocabulary else "head" if path in heads else "linear"), path
+            yield ("lm_head" if vocabulary else "head" if path in heads else "linear"), Place(path)
         else:
-            yield _plain_role(path, found, stacked), path
+            yield _plain_role(path, found, stacked), Place(path)
 
 
 def _head_paths(loose: list[tuple[str, nn.Module, Measure]], whole: bool) -> set[str]:

@@ -22,17 +22,12 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     Submodels of known families (by `config.model_type`) get their family's table, heads around them follow
     from the class of the model, and everything else is discovered.
     """
-    found = owners(model)
-    known = known_anatomy(found)
-    taken = _taken(model, known)
-    heads = Anatomy(families=(), stacks=(), places=head_places(found or stranger(model), taken))
-    rest = discover(model, taken | _taken(model, heads), others=bool(known.stacks))
-    return merged([known, heads, rest])
+    return _surveyed(model)[0]
 
 
 def all_sites(model: nn.Module) -> tuple[Site, ...]:
     """Every workspace of the model: its weights first, then blocks, layers and inner activations."""
-    found = survey(model, anatomy_of(model))
+    found = _surveyed(model)[1]
     return (*sites_at(found, Port.WEIGHT), *block_sites(found))
 
 
@@ -54,8 +49,7 @@ def select_sites(
         NothingMatches: an entry without `?` selects nothing. PortUnavailable: the model refuses the port.
         BadOption: an unreadable entry or a layer out of range.
     """
-    anatomy = anatomy_of(model)
-    found = survey(model, anatomy)
+    anatomy, found = _surveyed(model)
     sites = _open(sites_at(found, port), anatomy, port)
     if not sites:
         raise PortUnavailable(_refusal(model, anatomy, found, port))
@@ -70,7 +64,7 @@ def head_sites(model: nn.Module) -> tuple[Site, ...]:
 
     Empty for a bare model and for language models: a projection to the vocabulary is never a task head.
     """
-    found = survey(model, anatomy_of(model))
+    found = _surveyed(model)[1]
     return tuple(site for site in sites_at(found, Port.WEIGHT) if site.workspace == "head")
 
 
@@ -81,14 +75,26 @@ def stack_of(model: nn.Module, site: Site) -> Stack:
 
 def layer_modules(model: nn.Module, site: Site) -> tuple[str, ...]:
     """Dotted names of all layers of the stack that a site belongs to, in order."""
-    runs = survey(model, anatomy_of(model)).runs
+    runs = _surveyed(model)[1].runs
     return tuple(layer.path for run in runs if run.stack.name == site.stack for layer in run.layers)
 
 
-def _taken(model: nn.Module, anatomy: Anatomy) -> set[int]:
-    found = survey(model, anatomy)
-    unused = {id(model.get_submodule(path)) for path in anatomy.unused if _has(model, path)}
-    return {id(spot.module) for spot in found.spots()} | unused
+def _surveyed(model: nn.Module) -> tuple[Anatomy, Survey]:
+    """The anatomy and what it finds: known families, then heads around them, then whatever is left."""
+    found = owners(model)
+    known = known_anatomy(found)
+    first = survey(model, known)
+    taken = _modules(first) | {id(model.get_submodule(path)) for path in known.unused if _has(model, path)}
+    heads = Anatomy(families=(), stacks=(), places=head_places(found or stranger(model), taken))
+    second = survey(model, heads)
+    rest = discover(model, taken | _modules(second), others=bool(known.stacks))
+    third = survey(model, rest)
+    places = (*first.places, *second.places, *third.places)
+    return merged([known, heads, rest]), Survey(runs=(*first.runs, *third.runs), places=places)
+
+
+def _modules(found: Survey) -> set[int]:
+    return {id(spot.module) for spot in found.spots()}
 
 
 def _has(model: nn.Module, path: str) -> bool:

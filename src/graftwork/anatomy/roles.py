@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from graftwork.anatomy.anatomy import Part, Place
+from graftwork.anatomy.anatomy import Layout, Part, Place
 from graftwork.anatomy.measure import Measure, measure, measure_parameter
 from graftwork.anatomy.walk import children, expand, join, walk
 from graftwork.reference.site import Access, Kind
@@ -90,6 +90,17 @@ def roles(layer: nn.Module) -> list[Role]:
     return [*found, *attention, *feedforward, *rest]
 
 
+def attention_outside(model: nn.Module, taken: set[int]) -> list[Role]:
+    """Projections of attention modules that belong to no layer; paths from the root."""
+    leaves = {p: _Leaf(p, known) for p, m in walk(model) if (known := measure(m)) is not None}
+    found = [*_multihead(model), *_attention(model, leaves)]
+    return [
+        (workspace, place)
+        for workspace, place in found
+        if "." in workspace and id(model.get_submodule(place.path)) not in taken
+    ]
+
+
 def attention_modules(layer: nn.Module) -> Iterator[tuple[str, str]]:
     """(`attention` or `cross_attention`, path) of the attention modules of a layer."""
     for path, module in walk(layer):
@@ -134,7 +145,7 @@ def _multihead(layer: nn.Module) -> Iterator[Role]:
             yield f"{which}.qkv", Place(path, parameter="in_proj_weight")
         for index, part in enumerate(_WORDS):
             if module._parameters.get("in_proj_weight") is not None:
-                yield f"{which}.{part}", Place(path, Part(index), parameter="in_proj_weight")
+                yield f"{which}.{part}", Place(path, Part(index, Layout.EQUAL), parameter="in_proj_weight")
             else:
                 yield f"{which}.{part}", Place(path, parameter=f"{_WORDS[part]}_proj_weight")
         yield f"{which}.output", Place(join(path, "out_proj"), access=Access.READ)

@@ -25,7 +25,8 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(current))
         yield here, current
-        below = [(join(here, name), child) for name, child in children(current)]
+        start = f"{here}." if here else ""
+        below = [(start + name, child) for name, child in children(current)]
         open_.extend(reversed(below))
 
 
