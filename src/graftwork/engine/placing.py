@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graftwork.engine import channels, offloaded, sequence
+from graftwork.engine import channels, fastpath, offloaded, sequence
 from graftwork.engine.adapter import Adapter, Placed
 from graftwork.engine.operations import operation_of
 from graftwork.engine.seat import GRAFTS, Grafts, Seat, seat_of, stored_parameter
@@ -31,8 +31,9 @@ def put(model: nn.Module, state: State, place: Placed) -> None:
         container[name] = nn.ModuleDict()
     container[name][_child(place)] = place.graft.module  # type: ignore[operator,index]
     seat.put(place.port, place.graft)
-    if seat.slow_path is None and _has_fast_path(model, site.module):
-        seat.slow_path = host.register_forward_hook(_stay_on_slow_path)
+    fastpath.leave(model, host, seat)
+    for path, stack in fastpath.stacks(model, site.module):
+        take_seat(stack, state, path)
     _ARRANGE[place.port](model, state, seat, host, place)
 
 
@@ -133,16 +134,6 @@ def _owner_paths(model: nn.Module, site: Site) -> tuple[str, ...]:
     if not parent or not isinstance(model.get_submodule(parent), nn.MultiheadAttention):
         return (parent,)
     return (parent, parent.rpartition(".")[0])
-
-
-def _has_fast_path(model: nn.Module, path: str) -> bool:
-    parts = path.split(".")
-    above = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
-    return any(isinstance(module, nn.TransformerEncoderLayer) for module in above)
-
-
-def _stay_on_slow_path(module: nn.Module, args: Any, output: Any) -> None:
-    """Does nothing: torch's encoder layer takes its fast path, which skips submodules, only where no hook is."""
 
 
 def _child(place: Placed) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftwork.engine import attention, calls, export, recompute
+from graftwork.engine import attention, calls, export, fastpath, recompute
 from graftwork.engine.seat import GRAFTS, SEAT, Seat, seat_of
 from graftwork.engine.state import State, note_forward
 from graftwork.errors import StateError
@@ -129,6 +129,7 @@ def _make(base: type, readable: tuple[str, ...]) -> type:
     body.update(recompute.members(base))
     body.update(attention.members(base))
     body.update(export.members(base))
+    body.update(fastpath.members(base))
     return type(base)(base.__name__, (base,), body)
 
 
