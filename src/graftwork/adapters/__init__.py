@@ -1,0 +1,1 @@
+"""Adapter files: graftwork's own format and HF PEFT's."""

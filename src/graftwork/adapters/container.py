@@ -146,7 +146,10 @@ def refuse_pickle(start: bytes, path: Path) -> None:
     """Refuse a pickle by its content, whatever its name says."""
     zipped = start[:4] == b"PK\x03\x04"
     pickled = len(start) > 1 and start[0] == 0x80 and start[1] <= 5
-    if zipped or pickled:
+    header = (
+        start[2:9] == b"\0\0\0\0\0\0{"
+    )  # a safetensors file whose header is 0x0580 bytes long begins alike
+    if zipped or (pickled and not header):
         raise BadFile(f"{path} is a pickle (torch.save). {_PICKLE_ADVICE}")
 
 

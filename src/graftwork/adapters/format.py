@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -17,17 +16,10 @@ from graftwork.adapters.container import raw, read_header, read_tensors, write
 from graftwork.adapters.disk import write_atomically
 from graftwork.adapters.documents import dump, parse
 from graftwork.adapters.manifest import Manifest, read_manifest
+from graftwork.adapters.stored import StoredAdapter
 from graftwork.errors import BadFile
 
 KEY, DIGEST = "graftwork", "sha256"
-
-
-@dataclass(frozen=True)
-class StoredAdapter:
-    """An adapter file in memory."""
-
-    manifest: Manifest
-    tensors: Mapping[str, Tensor]
 
 
 def write_own(path: Path, stored: StoredAdapter) -> None:

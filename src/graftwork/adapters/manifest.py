@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import Any
 
+from torch import nn
+
 from graftwork.adapters.base import BaseIdentity, read_identity
 from graftwork.adapters.documents import take, take_list
 from graftwork.errors import BadFile, GraftworkError
@@ -35,17 +37,42 @@ class Owner:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site was in the model that the adapter was trained on (information: sites are found by key)."""
+    """Where a site was in the model that the adapter was trained on, for converters and people.
+
+    When a file is loaded sites are found by their keys, never by these.
+
+    Attributes:
+        module, host: dotted name of the host module and its class.
+        parameter, side, kind, stack, layer, kernel, channels, fused_width, width_in, heads: as in `Site`.
+    """
 
     module: str
+    host: str
     parameter: str
     side: str
     kind: str
+    stack: str = ""
+    layer: int | None = None
+    kernel: tuple[int, ...] = ()
+    channels: tuple[int, ...] | None = None
+    fused_width: int = 0
+    width_in: int = 0
+    heads: int = 0
 
     @classmethod
-    def of(cls, site: Site) -> Place:
+    def of(cls, site: Site, host: str) -> Place:
         """The part of a site that a file keeps."""
-        return cls(site.module, site.parameter, site.side.value, site.kind.value)
+        same = {f.name: getattr(site, f.name) for f in fields(cls) if f.name not in ("host", "side", "kind")}
+        return cls(host=host, side=site.side.value, kind=site.kind.value, **same)
+
+    def document(self) -> dict[str, Any]:
+        """As plain JSON, defaults left out."""
+        return {f.name: _plain(v) for f in fields(self) if (v := getattr(self, f.name)) != f.default}
+
+
+def place_of(model: nn.Module, site: Site) -> Place:
+    """Where a site of `model` is."""
+    return Place.of(site, type(model.get_submodule(site.module)).__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +109,7 @@ class Manifest:
                 {"name": t.name, "options": t.options(), "card": card_document(t.card)}
                 for t in self.techniques
             ],
-            "sites": {key: vars(place) for key, place in self.sites.items()},
+            "sites": {key: place.document() for key, place in self.sites.items()},
             "tensors": {name: [o.technique, o.key, o.name] for name, o in self.tensors.items()},
             "base": self.base.document(),
             "task": self.task,
@@ -165,7 +192,15 @@ def _compare_cards(name: str, stored: Mapping[str, Any], card: Mapping[str, Any]
 def _read_place(entry: object, where: str) -> Place:
     if not isinstance(entry, dict):
         raise BadFile(f"{where}: a site is a {type(entry).__name__}, expected a JSON object")
-    return Place(*(take(entry, f.name, str, f"{where}: sites") for f in fields(Place)))
+    there = f"{where}: sites"
+    names = {key: take(entry, key, str, there) for key in ("module", "host", "parameter", "side", "kind")}
+    numbers = {
+        key: take(entry, key, int, there)
+        for key in ("layer", "fused_width", "width_in", "heads")
+        if key in entry
+    }
+    lists = {key: tuple(take_list(entry, key, int, there)) for key in ("kernel", "channels") if key in entry}
+    return Place(**names, stack=str(entry.get("stack", "")), **numbers, **lists)  # type: ignore[arg-type]
 
 
 def _read_owners(entries: Mapping[str, Any], techniques: int, where: str) -> dict[str, Owner]:

@@ -10,7 +10,7 @@ LONGEST = 120
 
 
 def check_file_name(name: str) -> str:
-    """`name` if it can be an adapter's file name. Raises BadOption where it could leave the folder or hide."""
+    """`name`, if it can be an adapter's file name; BadOption where it could leave the folder or hide."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name) or len(name) > LONGEST:
         raise BadOption(
             f"adapter name {name[:200]!r} cannot be a file name; use letters, digits, '_' and '-', "

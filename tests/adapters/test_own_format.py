@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graftwork.adapters.base import BaseIdentity, Sample
-from graftwork.adapters.container import check_values, writable
+from graftwork.adapters.container import check_values, read_tensors, writable
 from graftwork.adapters.documents import dump
-from graftwork.adapters.format import DIGEST, KEY, StoredAdapter, _digest, read_card, read_own, write_own
+from graftwork.adapters.format import DIGEST, KEY, _digest, read_card, read_own, write_own
 from graftwork.adapters.manifest import Manifest, Owner, Place
+from graftwork.adapters.stored import StoredAdapter
 from graftwork.errors import BadFile
 from graftwork.techniques.lora import LoRA
 
@@ -47,7 +48,7 @@ def stored(name: str = "fr") -> StoredAdapter:
         }
     owners = {f"{key}.{part}": Owner(0, key, part) for key in keys for part in ("down", "up")}
     places = {
-        key: Place(f"model.layers.{i}.self_attn.q_proj", "weight", "output", "linear")
+        key: Place(f"model.layers.{i}.self_attn.q_proj", "Linear", "weight", "output", "linear", layer=i)
         for i, key in enumerate(keys)
     }
     technique = LoRA(rank=2, alpha=3.5, workspaces=("attention.query",), layers=(0, 1))
@@ -183,6 +184,18 @@ def test_pickles_are_refused_by_content_and_never_run(
     assert not trace.exists()
     assert pickle.loads(pickle.dumps(Bomb(trace))) is None  # the bomb is real
     assert trace.exists()
+
+
+@pytest.mark.parametrize("high", range(1, 6))
+def test_headers_whose_length_looks_like_a_pickle_are_read(high: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    wanted = struct.pack("<Q", 0x80 + 256 * high)
+    for padding in range(256 * high - 0x80, 256 * high + 0x80):
+        save_file({"a": torch.ones(1)}, path, {"x": "x" * padding})
+        if path.read_bytes()[:8] == wanted:
+            break
+    assert path.read_bytes()[:8] == wanted
+    assert read_tensors(path).keys() == {"a"}
 
 
 def _document(path: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from graftwork.adapters.format import read_own, write_own
-from test_format import stored
+from test_own_format import stored
 from dataclasses import replace
 
 torch.set_num_threads(1)

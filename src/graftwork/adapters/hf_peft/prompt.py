@@ -1,0 +1,115 @@
+"""HF PEFT's PROMPT_TUNING and P_TUNING: `prompt_embeddings` (tokens, width) in front of the input.
+
+P-tuning stores what its encoder writes, so both are prompts when read. With two submodules (encoder-decoders)
+the file has a second block of rows, which HF PEFT never reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftwork.adapters.hf_peft.config import Config
+from graftwork.adapters.hf_peft.extras import read_saved, task_and_modules, written_modules
+from graftwork.adapters.hf_peft.host import Host, Part
+from graftwork.adapters.hf_peft.keys import PROMPT
+from graftwork.adapters.stored import StoredAdapter
+from graftwork.anatomy.resolve import select_sites, stack_of
+from graftwork.errors import BadFile
+from graftwork.reference.properties import Port
+from graftwork.reference.site import Site
+from graftwork.techniques.prompt_tuning import PromptTuning
+
+UNDERSTOOD = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "modules_to_save")
+INDIFFERENT = (
+    "num_layers",
+    "num_attention_heads",
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
+    "encoder_reparameterization_type",
+    "encoder_hidden_size",
+    "encoder_num_layers",
+    "encoder_dropout",
+)
+
+
+def read(config: Config, tensors: dict[str, Tensor], host: Host) -> list[Part]:
+    """Techniques and their tensors; takes what it understands out of `tensors`."""
+    config.check(UNDERSTOOD, INDIFFERENT)
+    rows = take_prompt(config, tensors)
+    saved = read_saved(config, tensors, host)
+    length = config.get("num_virtual_tokens", int, 0)
+    blocks = config.get("num_transformer_submodules", int, 1)
+    if rows.dim() != 2 or length < 1 or len(rows) not in (length, length * blocks):
+        raise BadFile(
+            f"{config.where}: {PROMPT} has shape {tuple(rows.shape)}, the configuration says {length} tokens"
+        )
+    technique = PromptTuning(length=length)
+    sites = _sites(host, technique, config.where)
+    return [Part(technique, sites, {(site.key, "prompt"): rows[:length] for site in sites}), *saved]
+
+
+def _sites(host: Host, technique: PromptTuning, where: str) -> tuple[Site, ...]:
+    """Where the prompt goes. Raises BadFile where HF PEFT puts it elsewhere."""
+    sites = select_sites(host.model, technique.card.workspaces, technique.layers, port=Port.SEQUENCE)
+    for site in sites:
+        if stack_of(host.model, site).sequence_start:
+            raise BadFile(
+                f"{where}: HF PEFT puts a prompt in front of the first token, graftwork behind it in a "
+                f"{type(host.model).__name__}, whose first position is the summary; results would differ"
+            )
+    return sites
+
+
+def take_prompt(config: Config, tensors: dict[str, Tensor]) -> Tensor:
+    """The rows of a prompt method, out of `tensors`."""
+    if PROMPT not in tensors:
+        raise BadFile(f"{config.where}: the tensor {PROMPT!r} is missing")
+    return tensors.pop(PROMPT)
+
+
+def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, tensors by path and leaf)."""
+    found = [
+        own["prompt"]
+        for index, technique in enumerate(stored.manifest.techniques)
+        if isinstance(technique, PromptTuning)
+        for own in stored.of(index).values()
+    ]
+    if len(found) != 1:
+        raise BadFile(f"HF PEFT holds one prompt, this adapter has {len(found)}")
+    rows = found[0]
+    if host is None:
+        raise BadFile(
+            "where a prompt goes depends on the base model, which is needed. Load the adapter on it and "
+            'save with format="hf-peft"'
+        )
+    _sites(host, PromptTuning(length=len(rows)), "the base model")
+    saved = written_modules(stored)
+    task, _ = task_and_modules(stored, saved)
+    config = prompt_config("PROMPT_TUNING", task, stored) | {
+        "num_virtual_tokens": len(rows),
+        "token_dim": rows.shape[1],
+    }
+    unused = torch.zeros_like(rows) if config["num_transformer_submodules"] == 2 else rows[:0]
+    return config, {PROMPT: torch.cat([rows, unused]), **saved}
+
+
+def prompt_config(kind: str, task: str | None, stored: StoredAdapter) -> dict[str, Any]:
+    """The fields common to prompt methods. BadFile where HF PEFT would not apply the prompt."""
+    if task is None:
+        raise BadFile(
+            f"HF PEFT applies a prompt only under a task type it knows, and asks for a trained head with it; "
+            f"{stored.manifest.base.architecture} with this adapter has none"
+        )
+    twice = task == "SEQ_2_SEQ_LM"
+    return {
+        "peft_type": kind,
+        "task_type": task,
+        "num_transformer_submodules": 2 if twice else 1,
+        "inference_mode": True,
+    }
