@@ -10,6 +10,8 @@ Names are found on first use, so importing graftwork costs little more than impo
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,21 +36,47 @@ _HOMES = {
     "Technique": "graftwork.reference.technique",
     "active": "graftwork.engine.verbs",
     "adapters": "graftwork.engine.verbs",
+    "anatomy": "graftwork.anatomy.resolve:anatomy_of",
     "attach": "graftwork.engine.attach",
     "detach": "graftwork.engine.attach",
     "make": "graftwork.reference.catalogue",
+    "convert": "graftwork.adapters.convert",
+    "load": "graftwork.adapters.store",
     "merge": "graftwork.engine.merging",
     "register": "graftwork.reference.catalogue",
     "route": "graftwork.engine.verbs",
+    "save": "graftwork.adapters.store",
     "techniques": "graftwork.reference.catalogue",
     "trainable": "graftwork.engine.verbs",
     "unmerge": "graftwork.engine.merging",
 }
 
 
+def _public(name: str) -> Any:
+    home, _, there = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(home), there or name)
+
+
+class _Verb(ModuleType):
+    """A folder with the name of a verb (`adapters`, `techniques`): importing it must not take the verb away."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return _public(self.__name__.rpartition(".")[2])(*args, **options)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and type(value) is ModuleType:
+            value.__class__ = _Verb
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        return _public(name)
     if name.startswith("_"):
         raise AttributeError(name)
     from graftwork.reference.catalogue import techniques
