@@ -38,7 +38,18 @@ def cases() -> dict[str, Technique]:
 
 
 # (technique, host) -> a word of the reason. Anything that starts or stops being refused must be looked at.
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {
+    ("bitfit", "llama"): "none of the",
+    ("bitfit", "t5"): "none of the",
+    ("parallel-adapter", "resnet"): "stride",
+    ("p-tuning", "resnet"): "no sequence of positions",
+    ("prompt-tuning", "resnet"): "no sequence of positions",
+    **{
+        (name, host): "no attention"
+        for name in ("prefix-tuning", "prefix-tuning-mlp")
+        for host in ("mamba", "resnet")
+    },
+}
 
 # Techniques that attach and cannot be routed row by row at one site of a host.
 UNROUTABLE = {
