@@ -155,10 +155,10 @@ def _image(config: Callable[[], PretrainedConfig], side: int, steps: int, rate: 
 
 
 HOSTS: dict[str, Host] = {
-    "tiny-llama": _text(_llama, "causal", 1000),
-    "tiny-gpt2": _text(_gpt2, "causal", 1000),
-    "tiny-t5": _text(_t5, "spans", 1000),
-    "tiny-mamba": _text(_mamba, "causal", 600, length=64),
+    "tiny-llama": _text(_llama, "causal", 800),
+    "tiny-gpt2": _text(_gpt2, "causal", 800),
+    "tiny-t5": _text(_t5, "spans", 800),
+    "tiny-mamba": _text(_mamba, "causal", 400, length=64),
     "tiny-vit": _image(_vit, 16, 200, 1e-3),
     "tiny-resnet": _image(_resnet, 32, 200, 2e-3),
 }
