@@ -316,7 +316,7 @@ def test_compiles_in_one_graph_with_its_backward(dropout):
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_autocast_gives_what_autocast_gives(base):
-    """Precision of the answer as of a plain layer, gradients as of plain autograd, in and out of the region."""
+    """The precision of a plain layer and the gradients of plain autograd, in the region and after it."""
     layer = Layer(dtype=base)
     x = torch.randn(32, 16)
 
