@@ -11,10 +11,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from peft_hosts import batch, gap, host, logits, made_by_peft, randomised
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from graftwork.adapters.base import differences
@@ -336,3 +339,18 @@ def test_pain_11_a_failed_save_keeps_what_was_on_disk(tmp_path: Path) -> None:
             save(model, tmp_path, format=format)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert len(paths) == 2
+
+
+@pytest.mark.distributed
+def test_a_sharded_model_saves_the_same_bytes(tmp_path: Path) -> None:
+    model = trained("llama", LoRA(rank=2))
+    whole = save(model, tmp_path / "whole").read_bytes()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for part in (*model.model.layers, model):
+            fully_shard(part, mesh=mesh)
+        assert type(next(model.parameters())).__name__ == "DTensor"
+        assert save(model, tmp_path / "sharded").read_bytes() == whole
+    finally:
+        dist.destroy_process_group()

@@ -105,7 +105,13 @@ def identify(
     matrices = [p for p in parameters if len(_shape(p)) > 1] or parameters
     samples = tuple(_sample(matrices[i]) for i in _spread(len(matrices), MATRICES))
     kind = str(getattr(config, "model_type", ""))
-    return BaseIdentity(type(model).__name__, kind, settings, dict(sorted(shapes.items())), samples)
+    return BaseIdentity(class_name(model), kind, settings, dict(sorted(shapes.items())), samples)
+
+
+def class_name(module: nn.Module) -> str:
+    """The class of a module by name, as it was before sharding (FSDP2 puts a class of its own in front)."""
+    kinds = type(module).__mro__
+    return next(k.__name__ for k in kinds if all(above.__name__ != "FSDPModule" for above in k.__mro__))
 
 
 def base_parameters(

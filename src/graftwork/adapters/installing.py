@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from graftwork.adapters.base import BaseIdentity, differences, identify
+from graftwork.adapters.base import BaseIdentity, class_name, differences, identify
 from graftwork.adapters.container import writable
 from graftwork.adapters.format import both_directions
 from graftwork.adapters.manifest import Owner, place_of
@@ -30,13 +30,14 @@ def snapshot(model: nn.Module, name: str) -> StoredAdapter:
     adapter = require(state, name)
     _refuse_merged(model, "saving")
     owned: dict[Owner, Tensor] = {}
-    written: set[tuple[object, ...]] = set()
+    written: set[int] = set()
     for place in adapter.placed:
+        held = {own: id(tensor) for own, tensor in place.graft.module.state_dict(keep_vars=True).items()}
         for own, tensor in stored_tensors(place.graft.module).items():
-            owner, memory = _owner(place, own), (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-            if owner not in owned and memory not in written:
+            owner = _owner(place, own)
+            if owner not in owned and held.get(own) not in written:
                 owned[owner] = writable(tensor, f"{name}: {owner.key}.{owner.name}")
-                written.add(memory)
+        written |= set(held.values())
     techniques = tuple(technique.stored() for technique in adapter.techniques)
     places = {key: place_of(model, site) for key, site in adapter.sites.items()}
     labels = _labels(model) if any(site.workspace == "head" for site in adapter.sites.values()) else None
@@ -97,7 +98,7 @@ def base_of(model: nn.Module) -> BaseIdentity:
 
 def task_of(model: nn.Module) -> str:
     """What the class of the model says it is for: `SequenceClassification`, empty for a bare model."""
-    name = type(model).__name__
+    name = class_name(model)
     if name.endswith(("LMHeadModel", "ForCausalLM")):
         return "CausalLM"
     match = re.search(r"For([A-Z]\w+)$", name)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from graftwork.adapters.base import BaseIdentity, read_identity
+from graftwork.adapters.base import BaseIdentity, class_name, read_identity
 from graftwork.adapters.documents import take, take_list
 from graftwork.errors import BadFile, GraftworkError
 from graftwork.reference.card import Card
@@ -72,7 +72,7 @@ class Place:
 
 def place_of(model: nn.Module, site: Site) -> Place:
     """Where a site of `model` is."""
-    return Place.of(site, type(model.get_submodule(site.module)).__name__)
+    return Place.of(site, class_name(model.get_submodule(site.module)))
 
 
 @dataclass(frozen=True)

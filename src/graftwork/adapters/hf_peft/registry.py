@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graftwork.adapters.hf_peft import ia3, lora, norms, prefix, prompt
+from graftwork.adapters.hf_peft import ia3, lora, lora_writing, norms, prefix, prompt
 from graftwork.adapters.hf_peft.config import Config
 from graftwork.adapters.hf_peft.host import Host, Part
 from graftwork.adapters.hf_peft.keys import LAYERS, PROMPTS
@@ -43,7 +43,7 @@ _HEAD = frozenset({"fine-tuning"})
 TRANSLATORS: dict[str, Translator] = {
     t.peft_type: t
     for t in (
-        Translator("LORA", LAYERS, lora.read, lora.write, frozenset({"lora"}), _WHOLE | {"bitfit"}),
+        Translator("LORA", LAYERS, lora.read, lora_writing.write, frozenset({"lora"}), _WHOLE | {"bitfit"}),
         Translator("IA3", LAYERS, ia3.read, ia3.write, frozenset({"ia3"}), _WHOLE),
         Translator("LN_TUNING", LAYERS, norms.read, norms.write, frozenset({"norm-tuning"}), _HEAD),
         Translator("PROMPT_TUNING", PROMPTS, prompt.read, prompt.write, frozenset({"prompt-tuning"}), _HEAD),
