@@ -247,7 +247,7 @@ def _copies_in_fp32(model: nn.Module, batch: dict[str, Tensor]) -> set[torch.Siz
     kept: dict[torch.dtype, set[torch.Size]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.dim() >= 3 and tensor.shape[0] >= ROWS:
+        if tensor.dim() >= 3 and tensor.shape[0] >= ROWS and tensor.shape[-1] > 1:
             kept.setdefault(tensor.dtype, set()).add(tensor.shape)
         return tensor
 
