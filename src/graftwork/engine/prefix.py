@@ -92,7 +92,7 @@ def _table(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def _layout(route: Route, running: Running, lengths: list[int], key: Tensor) -> Laid:
-    """(B,) row of the table for each sample, (B, N) which positions it has (None: all); same in every layer."""
+    """(B,) row of the table for each sample, (B, N) which positions it has (None: all)."""
     if torch.compiler.is_compiling():
         return _laid(route, running, lengths, key)
     slot = (tuple(name for name, _ in running), tuple(lengths), len(key))

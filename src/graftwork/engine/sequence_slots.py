@@ -130,7 +130,7 @@ def compose(
     if state.route.per_token:
         raise RouteError(
             f"{seat.path or 'the model'}: positions of a prompt ({', '.join(s.name for s in shares)})"
-            " belong to whole rows and cannot be routed per token. Route per sample: an index of shape (batch,)"
+            " belong to whole rows and cannot be routed per token. Route per sample, by an index (batch,)"
         )
     index = state.route.fit(batch, None).to(device)
     names = [share.name for share in shares]
