@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graftwork.adapters.convert import convert
+    from graftwork.analysis.cost import cost
     from graftwork.adapters.store import load, save
     from graftwork.anatomy.resolve import anatomy_of as anatomy
     from graftwork.engine.adapter import Adapter
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from graftwork.reference.catalogue import make, register, techniques
     from graftwork.reference.site import Site
     from graftwork.reference.technique import Technique
+    from graftwork.reference.typology import compare, describe
 
 __version__ = "0.1.0"
 
@@ -40,7 +42,10 @@ _HOMES = {
     "attach": "graftwork.engine.attach",
     "detach": "graftwork.engine.attach",
     "make": "graftwork.reference.catalogue",
+    "compare": "graftwork.reference.typology",
     "convert": "graftwork.adapters.convert",
+    "cost": "graftwork.analysis.cost",
+    "describe": "graftwork.reference.typology",
     "load": "graftwork.adapters.store",
     "merge": "graftwork.engine.merging",
     "register": "graftwork.reference.catalogue",

@@ -60,7 +60,11 @@ class Cost:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for a run card or a table."""
-        return {**asdict(self), "trainable_share": self.trainable_share, "training_bytes": self.training_bytes}
+        return {
+            **asdict(self),
+            "trainable_share": self.trainable_share,
+            "training_bytes": self.training_bytes,
+        }
 
 
 def cost(
@@ -170,6 +174,9 @@ def example_inputs(model: nn.Module, batch: int, sequence: int) -> dict[str, Ten
         side = config.image_size if hasattr(config, "image_size") else 224
         height, width = side if isinstance(side, list | tuple) else (side, side)
         return {main: torch.zeros(batch, config.num_channels, height, width, dtype=_dtype(model))}
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and sequence > limit:
+        raise BadOption(f"sequence={sequence} is longer than the {limit} positions of {type(model).__name__}")
     tokens = torch.zeros(batch, sequence, dtype=torch.long)
     if main != "input_ids":
         raise BadOption(f"{type(model).__name__} reads {main}; give cost(..., inputs={{{main!r}: ...}})")

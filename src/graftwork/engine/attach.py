@@ -133,6 +133,8 @@ def require(state: State, name: str) -> Adapter:
 def _state_for(model: nn.Module, name: str) -> State:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
         raise BadOption(f"an adapter's name has letters, digits, '_' and '-', not {name!r}")
+    if hasattr(nn.ModuleDict(), name):
+        raise BadOption(f"{name!r} is a word of torch modules and cannot name an adapter")
     for kind in type(model).__mro__:
         if kind.__name__ in _WRAPPERS:
             raise StateError(f"the model is wrapped in {kind.__name__}: {_WRAPPERS[kind.__name__]}")
