@@ -1,6 +1,6 @@
 """What the engine must know of a host operation: its weight as a matrix, and how to add a low-rank delta to it.
 
-    I, O input and output channels (for a convolution I counts in_channels / groups x kernel), R rank
+I, O input and output channels (for a convolution I counts in_channels / groups x kernel), R rank
 """
 
 from __future__ import annotations
@@ -204,14 +204,22 @@ _BY_NAME: dict[str, Operation] = {
 _ANY = Operation()
 
 
-@functools.cache
 def operation_of(kind: type) -> Operation:
     """The operation of a module class: of the nearest known class it descends from."""
+    if torch.compiler.is_compiling():  # the compiler looks through a cache, and warns of it
+        return _operation_of(kind)
+    return _cached_operation_of(kind)
+
+
+def _operation_of(kind: type) -> Operation:
     for entry in kind.__mro__:
         known = _BY_NAME.get(f"{entry.__module__}.{entry.__qualname__}")
         if known is not None and "_graft_base" not in entry.__dict__:
             return known
     return _ANY
+
+
+_cached_operation_of = functools.cache(_operation_of)
 
 
 def dequantised(module: Any, stored: Any) -> Tensor:

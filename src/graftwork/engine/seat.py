@@ -89,7 +89,7 @@ class Seat:
 
     def touch(self, port: Port) -> None:
         """Note that the host came by this port (looked at after the first forward only)."""
-        if self.state.unreached and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.state.unreached:
             self.touched = self.touched | {port}
 
     def at(self, port: Port) -> dict[str, tuple[Graft, ...]]:
