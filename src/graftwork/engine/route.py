@@ -44,12 +44,12 @@ class Route:
         A batch that is a multiple of the route's repeats each row (beams, windows, flattened tokens): both are
         batch-major. Returns (batch,) or (batch, tokens).
         """
+        if torch.compiler.is_compiling():  # a key would fix the batch size in the graph
+            return self._lay_out(batch, tokens)
         key = (batch, tokens if self.per_token else None)
         found = self._fitted.get(key)
         if found is None:
-            found = self._lay_out(batch, tokens)
-            if not torch.compiler.is_compiling():
-                self._fitted[key] = found
+            found = self._fitted[key] = self._lay_out(batch, tokens)
         return found
 
     def rows(self, name: str, batch: int, tokens: int | None) -> Tensor:
