@@ -70,7 +70,14 @@ class HiddenModule(nn.Module):
 
 
 class PrefixModule(nn.Module):
-    """Attention port: `forward()` gives keys (N, key_width) and values (N, value_width)."""
+    """Attention port: `forward()` gives keys (N, key_width) and values (N, value_width).
+
+    Attributes:
+        shift_positions: how far the host's own positions are moved: N for a prefix that was trained in a
+            cache, as HF PEFT does it, where tokens count on from its length; 0 for one without positions.
+    """
+
+    shift_positions: int = 0
 
 
 class PromptModule(nn.Module):

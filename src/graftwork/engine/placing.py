@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -91,7 +90,13 @@ def _disarrange_hidden(model: nn.Module, state: State, seat: Seat, host: nn.Modu
 
 
 def _arrange_attention(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
-    return None
+    if place.graft.module.shift_positions:
+        sequence.follow(model, seat)
+
+
+def _disarrange_attention(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
+    if place.graft.module.shift_positions:
+        sequence.unfollow(model, seat)
 
 
 def _arrange_sequence(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
@@ -113,7 +118,7 @@ _ARRANGE: dict[Port, Arrange] = {
 _DISARRANGE: dict[Port, Arrange] = {
     Port.WEIGHT: _disarrange_weight,
     Port.HIDDEN: _disarrange_hidden,
-    Port.ATTENTION: _arrange_attention,
+    Port.ATTENTION: _disarrange_attention,
     Port.SEQUENCE: _disarrange_sequence,
 }
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from graftwork.engine.route import Route
 from graftwork.engine.seat import Graft, Seat
+from graftwork.engine.sequence_shift import Shift, shifts
 from graftwork.errors import RouteError, StateError
 from graftwork.reference.properties import Port
 
@@ -23,12 +24,17 @@ Laid = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values (B, H, N, D); `seen` (B, N), which of them each sample has, None when all."""
+    """Keys and values (B, H, N, D) of one forward.
+
+    Attributes:
+        seen: (B, N), which of them each sample has; None: all.
+        shift: the move of own positions behind them, where a relative bias has to know.
+    """
 
     keys: Tensor
     values: Tensor
     seen: Tensor | None
-    shift: int = 0
+    shift: Shift | None = None
 
     @property
     def length(self) -> int:
@@ -55,10 +61,16 @@ def gather(seat: Seat, key: Tensor, value: Tensor) -> Prefix | None:
     parts = [_of_adapter(seat, grafts, key, value) for _, grafts in running]
     if route is None:
         whole = [torch.cat(side).expand(len(key), -1, -1) for side in zip(*parts, strict=True)]
-        return Prefix(_heads(whole[0], key), _heads(whole[1], value), None)
+        return Prefix(_heads(whole[0], key), _heads(whole[1], value), None, _shift(seat))
     rows, seen = _layout(route, running, [len(keys) for keys, _ in parts], key)
     keys, values = [_table(side).index_select(0, rows) for side in zip(*parts, strict=True)]
-    return Prefix(_heads(keys, key), _heads(values, value), seen)
+    return Prefix(_heads(keys, key), _heads(values, value), seen, _shift(seat))
+
+
+def _shift(seat: Seat) -> Shift | None:
+    frame = seat.state.slots
+    shift = None if frame is None else frame.shift
+    return shift if shift is not None and shift.bias is not None and shifts(seat) else None
 
 
 def _of_adapter(seat: Seat, grafts: tuple[Graft, ...], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

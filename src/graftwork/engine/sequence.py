@@ -19,11 +19,14 @@ from graftwork.engine.sequence_facts import (
     facts_of,
     layer_paths,
     parameters,
+    relative_bias,
     stack_path,
 )
 from graftwork.engine.sequence_layers import AtLayer, AtTable
+from graftwork.engine.sequence_shift import shifts
 from graftwork.engine.sequence_stack import AtStack
 from graftwork.engine.swap import take_seat
+from graftwork.errors import PortUnavailable
 from graftwork.reference.properties import Port
 from graftwork.reference.site import Site
 
@@ -41,35 +44,70 @@ def install(model: nn.Module, module: nn.Module, seat: Seat) -> None:
     layers = tuple(_seat(model, path, seat) for path in layer_paths(model, site))
     if facts.cache:
         sequence_cache.ready()
-    around = stack.around if isinstance(stack.around, AtStack) else None
-    stack.around = AtStack(facts, layers, around.encoder if around else None)
+    around = stack.around if isinstance(stack.around, AtStack) else AtStack(facts)
+    stack.around = replace(around, layers=layers)
     if facts.between or any(layer.at(Port.SEQUENCE) for layer in layers):
         _arrange_layers(model, facts, stack, layers)
-    if facts.table:
-        path = f"{stack.path}.{facts.table}" if stack.path else facts.table
-        _seat(model, path, seat).around = AtTable(stack)
+    _arrange_table(model, facts, stack)
     if facts.stays:
         _arrange_decoder(model, site, stack)
 
 
+def follow(model: nn.Module, seat: Seat) -> None:
+    """Move the own positions of a stack behind a newly seated prefix that asks for it (`shift_positions`)."""
+    site = next(graft.site for grafts in seat.at(Port.ATTENTION).values() for graft in grafts)
+    if site.workspace != "attention" or not shifts(seat):
+        return
+    facts = facts_of(model, site)
+    stack = _seat(model, stack_path(model, site), seat)
+    around = stack.around if isinstance(stack.around, AtStack) else AtStack(facts)
+    bias = relative_bias(model.get_submodule(stack.path))
+    if not (facts.positions or facts.table or bias):
+        raise PortUnavailable(f"{facts.where} counts no positions that could be moved behind a prefix")
+    if seat not in around.prefixes:
+        stack.around = replace(around, prefixes=(*around.prefixes, seat), bias=bias)
+    _arrange_table(model, facts, stack)
+
+
+def unfollow(model: nn.Module, seat: Seat) -> None:
+    """Undo `follow` when no prefix at this attention module asks for it any more."""
+    if shifts(seat):
+        return
+    for other in _seats(model):
+        around = other.around
+        if isinstance(around, AtStack) and seat in around.prefixes:
+            left = tuple(one for one in around.prefixes if one is not seat)
+            other.around = _needed(replace(around, prefixes=left))
+
+
 def uninstall(model: nn.Module, module: nn.Module, seat: Seat) -> None:
     """Undo `install` when no prompt is left at the stack that `seat` belongs to."""
-    around = seat.around
-    stack = around.stack if isinstance(around, AtLayer) else seat
+    stack = seat.around.stack if isinstance(seat.around, AtLayer) else seat
     if not isinstance(stack.around, AtStack):
         return
     if stack.at(Port.SEQUENCE) or any(layer.at(Port.SEQUENCE) for layer in stack.around.layers):
         return
-    for path in seat.state.seated:
-        other = seat_of(model.get_submodule(path))
-        if other is None:
-            continue
-        if isinstance(other.around, AtLayer | AtTable) and other.around.stack is stack:
+    stack.around = _needed(replace(stack.around, layers=()))
+    for other in _seats(model):
+        if isinstance(other.around, AtLayer) and other.around.stack is stack:
             other.around = None
         elif isinstance(other.around, AtStack) and other.around.encoder is stack:
-            own = replace(other.around, encoder=None)
-            other.around = own if own.layers else None
-    stack.around = None if stack.around.encoder is None else replace(stack.around, layers=())
+            other.around = _needed(replace(other.around, encoder=None))
+
+
+def _needed(around: AtStack) -> AtStack | None:
+    return around if around.layers or around.encoder is not None or around.prefixes else None
+
+
+def _seats(model: nn.Module) -> list[Seat]:
+    return [seat for module in model.modules() if (seat := seat_of(module)) is not None]
+
+
+def _arrange_table(model: nn.Module, facts: Facts, stack: Seat) -> None:
+    """A table that counts by itself takes the positions that the stack tells it; without any it counts on."""
+    if facts.table:
+        path = f"{stack.path}.{facts.table}" if stack.path else facts.table
+        _seat(model, path, stack).around = AtTable()
 
 
 def _arrange_layers(model: nn.Module, facts: Facts, stack: Seat, layers: tuple[Seat, ...]) -> None:
@@ -90,10 +128,8 @@ def _arrange_decoder(model: nn.Module, site: Site, encoder: Seat) -> None:
     """The decoder that reads an encoder's output sees the prompts that stay in it."""
     there = decoder_site(model, site)
     decoder = _seat(model, stack_path(model, there), encoder)
-    if isinstance(decoder.around, AtStack):
-        decoder.around = replace(decoder.around, encoder=encoder)
-    else:
-        decoder.around = AtStack(facts_of(model, there), (), encoder)
+    around = decoder.around if isinstance(decoder.around, AtStack) else AtStack(facts_of(model, there))
+    decoder.around = replace(around, encoder=encoder)
 
 
 def _seat(model: nn.Module, path: str, like: Seat) -> Seat:

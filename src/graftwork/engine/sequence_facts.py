@@ -101,6 +101,16 @@ def _is_read(model: nn.Module, site: Site) -> bool:
     return site.stack == "encoder" and "decoder" in names
 
 
+def relative_bias(stack: nn.Module) -> str:
+    """Path below a stack of the attention that computes one relative bias for all layers (T5), "" without."""
+    for path, module in stack.named_modules():
+        if getattr(module, "has_relative_attention_bias", False) and hasattr(
+            module, "_relative_position_bucket"
+        ):
+            return path
+    return ""
+
+
 def check_embeds(facts: Facts, site: Site) -> None:
     """Refuse a stack that cannot be given embeddings."""
     if not facts.between and "inputs_embeds" not in facts.arguments:

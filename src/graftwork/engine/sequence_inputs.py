@@ -40,8 +40,8 @@ def padding_mask(call: Call) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def entering(module: nn.Module, facts: Facts, call: Call, slots: Slots) -> tuple[Call, Tensor | None]:
-    """A call with the prompt put in, and positions for a table that counts by itself; lays the slots out."""
+def entering(module: nn.Module, facts: Facts, call: Call, slots: Slots) -> Call:
+    """A call with the prompt put in; lays the slots out."""
     _refuse_unknown(facts, call, slots)
     embeds = call.get("inputs_embeds")
     if embeds is None:
@@ -58,12 +58,12 @@ def entering(module: nn.Module, facts: Facts, call: Call, slots: Slots) -> tuple
     return _with_positions(facts, call, out, layout, 0, embeds.shape[1], prefill=True)
 
 
-def continuing(facts: Facts, call: Call, layout: Layout, cache: Any) -> tuple[Call, Tensor | None]:
+def continuing(facts: Facts, call: Call, layout: Layout, cache: Any) -> Call:
     """A call whose cache holds the slots: nothing is put in, masks and positions make room for them."""
     batch, tokens = extent(call)
     layout = layout.repeated(batch, "the prompt in this cache")
     if facts.cache == "cache_params":  # state-space: the state has gone past the padding
-        return call, None
+        return call
     past = caches.length(cache)
     out = dict(call)
     if call.get("attention_mask") is not None or layout.counts is not None:
@@ -126,12 +126,22 @@ def _as(mask: Tensor, shown: Tensor) -> Tensor:
 
 def _with_positions(
     facts: Facts, call: Call, out: Call, layout: Layout, past: Any, tokens: int, prefill: bool
-) -> tuple[Call, Tensor | None]:
+) -> Call:
     places = positions(facts, call, layout, past, tokens, prefill)
-    _check_room(facts, layout, past, tokens, places)
-    if places is None or facts.table:
-        return out, places
-    return {**out, "position_ids": places}, None
+    _check_room(facts, "prompt", layout.length, past, tokens, places)
+    return out if places is None else {**out, "position_ids": places}
+
+
+def shifted(facts: Facts, call: Call, shift: Tensor, longest: int, cache: Any) -> Call:
+    """A call whose positions are moved by `shift` (B,), at most `longest`, to follow a counted prefix."""
+    if not facts.positions and not facts.table:
+        return call
+    past, (_, tokens) = caches.length(cache), extent(call)
+    given = call.get("position_ids")
+    base = _base(facts, call, shift.device, past, tokens) if given is None else given
+    places = base + shift[:, None]
+    _check_room(facts, "prefix", longest, past, tokens, places)
+    return {**call, "position_ids": places}
 
 
 def positions(
@@ -146,7 +156,7 @@ def positions(
     plain = given is None and padding_mask(call) is None and layout.counts is None
     if plain and facts.positions != "ids":
         return None
-    base = _base(facts, call, layout, past, tokens) if given is None else given
+    base = _base(facts, call, layout.start.device, past, tokens) if given is None else given
     if base.dim() != 2:
         raise PortUnavailable(
             f"{facts.where}: position_ids of shape {tuple(base.shape)}: a prompt needs (batch, tokens)"
@@ -161,7 +171,7 @@ def positions(
     return layout.merge(slots, moved)
 
 
-def _base(facts: Facts, call: Call, layout: Layout, past: Any, tokens: int) -> Tensor:
+def _base(facts: Facts, call: Call, device: torch.device, past: Any, tokens: int) -> Tensor:
     """(B or 1, T) positions as the family counts them where none are given."""
     mask, ids = padding_mask(call), call.get("input_ids")
     if facts.positions == "mask" and mask is not None:
@@ -170,11 +180,12 @@ def _base(facts: Facts, call: Call, layout: Layout, past: Any, tokens: int) -> T
         real = ids.ne(facts.padding).long()
         return (real.cumsum(1) + past) * real + facts.padding
     start = facts.padding + 1 if facts.positions == "ids" else past
-    return (torch.arange(tokens, device=layout.start.device) + start)[None]
+    return (torch.arange(tokens, device=device) + start)[None]
 
 
-def _check_room(facts: Facts, layout: Layout, past: Any, tokens: int, places: Tensor | None) -> None:
-    if not facts.rows or not isinstance(past, int) or layout.length + past + tokens <= facts.rows:
+def _check_room(facts: Facts, what: str, extra: int, past: Any, tokens: int, places: Tensor | None) -> None:
+    """Refuse rows that outgrow a learned position table; the device is asked only where they may."""
+    if not facts.rows or not isinstance(past, int) or extra + past + tokens <= facts.rows:
         return
     if torch.compiler.is_compiling():
         return
@@ -183,7 +194,7 @@ def _check_room(facts: Facts, layout: Layout, past: Any, tokens: int, places: Te
         if last <= facts.rows:
             return
     raise StateError(
-        f"prompt {layout.length} + sequence {past + tokens} exceeds the {facts.rows} learned positions of "
+        f"{what} {extra} + sequence {past + tokens} exceeds the {facts.rows} learned positions of "
         f"{facts.where}; shorten either"
     )
 

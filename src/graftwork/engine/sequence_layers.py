@@ -113,13 +113,7 @@ def _mask(frame: Frame, slots: Slots, mask: Any, hidden: Tensor) -> Any:
 
 @dataclass(eq=False)
 class AtTable:
-    """What runs in place of a position table that counts by itself: the positions of rows with slots (B, S).
-
-    Attributes:
-        stack: seat of the stack it belongs to.
-    """
-
-    stack: Seat
+    """What runs in place of a position table that counts by itself: positions (B, S) of rows with slots."""
 
     def __call__(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graftwork.engine.seat import Graft, Seat
 from graftwork.engine.sequence_layout import Layout, leading, table
+from graftwork.engine.sequence_shift import Shift
 from graftwork.errors import RouteError, StateError
 from graftwork.reference.properties import Port
 
@@ -108,11 +109,13 @@ class Frame:
         slots: what was put in, None when the cache holds it.
         places: (B, S) positions for a table that counts by itself, None where it counts right.
         config: the stack's.
+        shift: how far own positions are moved behind a prefix, None where they are not.
     """
 
     slots: Slots | None
     places: Tensor | None
     config: Any
+    shift: Shift | None = None
 
 
 def compose(

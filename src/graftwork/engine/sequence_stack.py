@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graftwork.engine import sequence_cache as caches
 from graftwork.engine import sequence_inputs as inputs
@@ -16,6 +16,7 @@ from graftwork.engine.seat import Seat
 from graftwork.engine.sequence_facts import Facts
 from graftwork.engine.sequence_inputs import Call
 from graftwork.engine.sequence_layout import Layout
+from graftwork.engine.sequence_shift import Shift, shift_of
 from graftwork.engine.sequence_slots import Frame, Slots, compose
 from graftwork.errors import PortUnavailable, StateError
 from graftwork.reference.properties import Port
@@ -29,11 +30,15 @@ class AtStack:
         facts: of the stack.
         layers: seats of its layers, in order.
         encoder: seat of the encoder whose prompts stay in what this decoder reads, if any.
+        prefixes: seats of attention modules with prefixes that positions are to follow.
+        bias: path below the stack of the attention that computes a relative bias for all, "" without one.
     """
 
     facts: Facts
     layers: tuple[Seat, ...] = ()
     encoder: Seat | None = None
+    prefixes: tuple[Seat, ...] = ()
+    bias: str = ""
 
     def __call__(
         self,
@@ -47,8 +52,11 @@ class AtStack:
         call = inputs.bound(self.facts.arguments, args, kwargs)
         if self.encoder is not None:
             call = self._with_encoder(call, self.encoder)
-        run = _Run(module, seat, base, inner, self.facts)
         cache = call.get(self.facts.cache)
+        shift = self._shift(module, call, cache) if self.prefixes else None
+        if shift is not None:
+            call = inputs.shifted(self.facts, call, shift.by, shift.longest, cache)
+        run = _Run(module, seat, base, inner, self.facts, shift)
         stored = caches.layout_of(cache)
         if stored is not None:
             seat.touch(Port.SEQUENCE)
@@ -56,9 +64,15 @@ class AtStack:
         batch, device = _batch(call)
         slots = compose(seat, self.layers, batch, device, self.facts.causal)
         if slots is None or not slots.length:
-            return inner(module, seat, base, (), call)
+            return run.plain(call, cache) if shift is not None else inner(module, seat, base, (), call)
         seat.touch(Port.SEQUENCE)
         return run.between(call, slots) if self.facts.between else run.entered(call, cache, slots)
+
+    def _shift(self, module: nn.Module, call: Call, cache: Any) -> Shift | None:
+        batch, device = _batch(call)
+        return shift_of(
+            self.prefixes, batch, device, module.get_submodule(self.bias) if self.bias else None, cache
+        )
 
     def _with_encoder(self, call: Call, encoder: Seat) -> Call:
         """The mask over an encoder's output with columns for the prompts that stayed in it."""
@@ -96,6 +110,7 @@ class _Run:
     base: type
     inner: Callable[..., Any]
     facts: Facts
+    shift: Shift | None
 
     def entered(self, call: Call, cache: Any, slots: Slots) -> Any:
         """A call that puts the prompt in, and out again."""
@@ -104,13 +119,13 @@ class _Run:
                 f"{self.facts.where}: this cache was filled without prompt {slots.names}; "
                 "start with an empty cache"
             )
-        changed, places = inputs.entering(self.module, self.facts, call, slots)
+        changed = inputs.entering(self.module, self.facts, call, slots)
         layout = slots.layout
         assert layout is not None
         cache = self._keeper(call, cache, layout, slots)
         if cache is not None:
             changed[self.facts.cache] = cache
-        out = self._run(changed, cache, slots, places)
+        out = self._run(changed, cache, slots)
         self._keep_layout(out, cache, layout, slots)
         if not self.facts.stays:
             out = outputs.stripped(out, layout, changed["inputs_embeds"].shape[1])
@@ -118,14 +133,14 @@ class _Run:
 
     def continued(self, call: Call, cache: Any, layout: Layout) -> Any:
         """A call whose cache holds the prompt."""
-        changed, places = inputs.continuing(self.facts, call, layout, cache)
+        changed = inputs.continuing(self.facts, call, layout, cache)
         batch, _ = inputs.extent(call)
-        out = self._run(changed, cache, None, places)
+        out = self._run(changed, cache, None)
         return _as_asked(self.module, call, outputs.stripped_maps(out, layout.repeated(batch, "the prompt")))
 
     def between(self, call: Call, slots: Slots) -> Any:
         """A call whose layers put the prompt in and take it out; what was recorded on the way has slots."""
-        out = self._run(call, None, slots, None)
+        out = self._run(call, None, slots)
         layout = slots.layout
         if layout is None:
             raise StateError(
@@ -135,13 +150,23 @@ class _Run:
             out = outputs.stripped(out, layout, slots.total)
         return _as_asked(self.module, call, out)
 
-    def _run(self, call: Call, cache: Any, slots: Slots | None, places: Tensor | None) -> Any:
-        state = self.seat.state
-        frame = Frame(slots, places, getattr(self.module, "config", None))
+    def plain(self, call: Call, cache: Any) -> Any:
+        """A call without a prompt, moved behind a prefix."""
+        return self._framed(call, cache, None)
+
+    def _run(self, call: Call, cache: Any, slots: Slots | None) -> Any:
+        return self._framed({**call, "return_dict": True}, cache, slots)
+
+    def _framed(self, call: Call, cache: Any, slots: Slots | None) -> Any:
+        state, places = self.seat.state, None
+        if self.facts.table and call.get("position_ids") is not None:
+            call = dict(call)
+            places = call.pop("position_ids")
+        frame = Frame(slots, places, getattr(self.module, "config", None), self.shift)
         before, state.slots = state.slots, frame
         counting = caches.enter(cache)
         try:
-            return self.inner(self.module, self.seat, self.base, (), {**call, "return_dict": True})
+            return self.inner(self.module, self.seat, self.base, (), call)
         finally:
             caches.leave(cache, counting)
             state.slots = before

@@ -42,7 +42,7 @@ def prepend(module: nn.Module, path: str, name: str, extra: Prefix, call: Call) 
         ready,
         key=torch.cat([extra.keys, ready.key], dim=2),
         value=torch.cat([extra.values, ready.value], dim=2),
-        options=_with_bias(module, ready.options, extra, ready.key),
+        options=_with_bias(ready, extra, ready.key),
     )
 
 
@@ -137,9 +137,14 @@ def _closed(mask: Tensor) -> float:
     return torch.finfo(mask.dtype).min
 
 
-def _with_bias(module: nn.Module, options: dict[str, Any], extra: Prefix, key: Tensor) -> dict[str, Any]:
-    """T5 adds a bias by relative position: none for the prefix. On a copy, for later layers share it."""
-    bias = options.get("position_bias")
+def _with_bias(call: Call, extra: Prefix, key: Tensor) -> dict[str, Any]:
+    """T5 adds a bias by relative position (layers share it, so a copy): none for a prefix that nobody counted."""
+    bias = call.options.get("position_bias")
     if bias is None:
-        return options
-    return {**options, "position_bias": functional.pad(bias[..., : key.shape[2]], (extra.length, 0))}
+        return call.options
+    bias = bias[..., : key.shape[2]]
+    if extra.shift is None:
+        return {**call.options, "position_bias": functional.pad(bias, (extra.length, 0))}
+    columns = extra.shift.columns(call.query.shape[2], extra.length).to(bias.dtype)
+    columns = columns.repeat_interleave(key.shape[0] // len(columns), 0)
+    return {**call.options, "position_bias": torch.cat([columns, bias.expand(len(columns), -1, -1, -1)], -1)}
