@@ -3,7 +3,7 @@ trainable tensor of a running adapter has a gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def root_call(
 ) -> Any:
     """The model's own forward, watched while a check is due."""
     state = seat.state
-    if torch.compiler.is_compiling() or not state.running:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not state.running:
         return run(module, seat, base, args, kwargs)
     state.facts.check(module, SEAT, state.adapters.values())
     if not (state.unreached or state.ungraded):
@@ -59,51 +59,65 @@ def _check_reached(model: nn.Module, state: State) -> None:
 
 
 def _watch(out: Any, state: State) -> None:
-    wanted = {name: state.adapters[name] for name in _used(state)}
-    trainable = any(p.requires_grad for adapter in wanted.values() for p in adapter.parameters())
-    if not trainable:
+    then = _trainable(state)
+    running = [name for name, _ in then if name in state.running]
+    if not running:
         return
     tensors = [t for t in _tensors(out) if t.requires_grad]
     if not tensors:
         raise NoGradient(
-            f"the model's output needs no gradient although {', '.join(wanted)} is active and trainable: "
-            "no adapter tensor can be trained by it"
+            f"the model's output needs no gradient although {', '.join(dict.fromkeys(running))} is active and "
+            "trainable: no adapter tensor can be trained by it"
         )
     queued: list[bool] = []
-    idle = frozenset(state.running) - frozenset(wanted)
 
     def on_gradient(_: Tensor) -> None:
-        if not queued:
+        if not queued and _accumulates(then.values()):
             queued.append(True)
             engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
             # Queued twice: sharded data parallel hands gradients over in a callback of its own, which comes first.
-            engine.queue_callback(lambda: engine.queue_callback(lambda: _check_gradients(state, idle)))
+            engine.queue_callback(lambda: engine.queue_callback(lambda: _check_gradients(state, then)))
 
     for tensor in tensors:
         tensor.register_hook(on_gradient)
 
 
-def _used(state: State) -> tuple[str, ...]:
-    """Running adapters that some sample really goes to."""
-    route = state.route
-    return tuple(name for name in state.running if route is None or route.uses(name))
+def _trainable(state: State) -> dict[tuple[str, str], Tensor]:
+    """Trainable leaf tensors by (adapter, name), but for adapters that this batch's route sends nothing to."""
+    unused = () if state.route is None else [n for n in state.route.names if not state.route.uses(n)]
+    return {
+        (name, key): parameter
+        for name, adapter in state.adapters.items()
+        if name not in unused
+        for key, parameter in adapter.named_parameters()
+        if parameter.requires_grad and parameter.is_leaf
+    }
 
 
-def _check_gradients(state: State, idle: frozenset[str]) -> None:
-    """`idle`: adapters of a route that no sample of this batch went to; they are looked at another time."""
+def _accumulates(parameters: Iterable[Tensor]) -> bool:
+    """Whether the running backward fills `.grad` (`torch.autograd.grad` does not)."""
+    node = torch.autograd.graph.get_gradient_edge(next(iter(parameters))).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch refuses to tell for a leaf that autograd.grad was asked for
+        return False
+
+
+def _check_gradients(state: State, then: dict[tuple[str, str], Tensor]) -> None:
+    """Look at the tensors of the forward, which torch.func may have lent, and at today's, which sharding may swap."""
     if not state.ungraded:
         return
-    state.ungraded = bool(idle)
+    state.ungraded = False
+    now = _trainable(state)
     missing = [
-        f"{name}: {tensor}"
-        for name, adapter in state.adapters.items()
-        for tensor, parameter in adapter.named_parameters()
-        if name not in idle and parameter.requires_grad and parameter.grad is None
+        f"{name}: {key}"
+        for (name, key), parameter in then.items()
+        if parameter.grad is None and now.get((name, key), parameter).grad is None
     ]
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        off = [name for name in state.adapters if name not in state.running]
-        hint = f" (not active: {', '.join(off)})" if off else ""
+        idle = [name for name in state.adapters if name not in state.running]
+        hint = f" (not active: {', '.join(idle)})" if idle else ""
         raise NoGradient(
             f"the first backward gave no gradient to {len(missing)} trainable adapter tensors{hint}: {shown}. "
             "Freeze what does not take part (gw.trainable), choose other workspaces, or attach with verify=False"

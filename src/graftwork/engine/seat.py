@@ -63,6 +63,7 @@ class Seat:
         entries: path -> seat of first modules of the blocks that end here.
         around: runs the module's forward in place of a plain call (sequence port).
         root: the module is the model that was attached to.
+        saving: `save_pretrained` is running.
         slow_path: handle of the hook that keeps torch's encoder layer from skipping this module.
         touched: ports the host came by since the last check.
         stacked: concatenated factors of several adapters, kept while nothing trains.
@@ -83,6 +84,7 @@ class Seat:
         self.entries: dict[str, Seat] = {}
         self.around: Callable[..., Any] | None = None
         self.root = False
+        self.saving = False
         self.slow_path: Any = None
         self.touched: frozenset[Port] = frozenset()
         self.stacked: dict[Any, Any] = {}
