@@ -29,7 +29,9 @@ def stirred(adapter: gw.Adapter, size: float = 0.1, seed: int = 1) -> gw.Adapter
     return adapter
 
 
-def grafted(model: nn.Module, technique: object, name: str = "default", seed: int = 1, **options) -> gw.Adapter:
+def grafted(
+    model: nn.Module, technique: object, name: str = "default", seed: int = 1, **options
+) -> gw.Adapter:
     return stirred(gw.attach(model, technique, name=name, **options), seed=seed)
 
 

@@ -39,7 +39,9 @@ def rewritten(path: Path, renames: dict[str, str | None], added: tuple[str, ...]
     stored = read_own(path)
     names = {name: renames.get(name, name) for name in stored.tensors}
     tensors = {new: stored.tensors[old] for old, new in names.items() if new is not None}
-    owners = {new: _renamed(stored.manifest.tensors[old], old, new) for old, new in names.items() if new is not None}
+    owners = {
+        new: _renamed(stored.manifest.tensors[old], old, new) for old, new in names.items() if new is not None
+    }
     for name in added:
         tensors[name] = torch.ones(2, 2)
         owners[name] = Owner(0, name.rpartition(".")[0], name.rpartition(".")[2])
@@ -189,7 +191,9 @@ def test_pain_22_only_what_differs_from_the_defaults_is_written(saved: Path) -> 
 
 
 @pytest.mark.parametrize(("value", "fits"), [(None, True), (False, True), ("something", False)])
-def test_pain_22_unknown_fields_of_the_foreign_format_likewise(from_peft: Path, value: object, fits: bool) -> None:
+def test_pain_22_unknown_fields_of_the_foreign_format_likewise(
+    from_peft: Path, value: object, fits: bool
+) -> None:
     path = from_peft / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rotation": value}))
     if fits:
@@ -216,7 +220,7 @@ def test_pain_next_a_name_inside_another_saves_only_its_own(name: str, tmp_path:
 
 
 def test_pain_next_a_module_renamed_in_the_library_leaves_old_files_loadable(saved, monkeypatch) -> None:
-    """Tensors are named by layer and workspace: the day a library renames, its anatomy is renamed, no file."""
+    """Tensors are named by layer and workspace: when a library renames, its anatomy changes, no file."""
     assert not any("proj" in name or "layers" in name for name in load_file(saved))
     old, renamed = llama(), llama()
     gw.load(old, saved)
@@ -224,13 +228,17 @@ def test_pain_next_a_module_renamed_in_the_library_leaves_old_files_loadable(sav
     new = {"q_proj": "to_query", "v_proj": "to_value"}
     kind = type(renamed.model.layers[0].self_attn)
     for layer in renamed.model.layers:
-        layer.self_attn._modules = {new.get(name, name): child for name, child in layer.self_attn._modules.items()}
+        layer.self_attn._modules = {
+            new.get(name, name): child for name, child in layer.self_attn._modules.items()
+        }
     for before, after in new.items():
         setattr(kind, before, property(lambda self, name=after: self._modules[name]))
     try:
         monkeypatch.setattr(resolve, "known_anatomy", _with_new_names(resolve.known_anatomy))
         gw.load(renamed, saved)
-        assert set(gw.adapters(renamed)["fr"].sites) == {f"{n}/attention.{w}" for n in "01" for w in ("query", "value")}
+        assert set(gw.adapters(renamed)["fr"].sites) == {
+            f"{n}/attention.{w}" for n in "01" for w in ("query", "value")
+        }
         assert torch.equal(logits(renamed, batch()), wanted)
     finally:
         del kind.q_proj, kind.v_proj

@@ -41,7 +41,9 @@ def test_pain_01_a_name_that_may_be_missing_is_marked_so() -> None:
 def test_pain_01_a_table_says_before_training_what_was_reached() -> None:
     model = llama()
     whole = sum(p.numel() for p in model.parameters())
-    adapter = gw.attach(model, gw.LoRA(rank=2, workspaces=["attention.query", "feedforward.down"], layers=(1,)))
+    adapter = gw.attach(
+        model, gw.LoRA(rank=2, workspaces=["attention.query", "feedforward.down"], layers=(1,))
+    )
     rows = [line.split() for line in adapter.summary().splitlines()]
     assert ["lora", "attention.query", "1", "1", "of", "2", f"{2 * (32 + 32)}", "512", "B"] in rows
     assert ["lora", "feedforward.down", "1", "1", "of", "2", f"{2 * (64 + 32)}", "768", "B"] in rows
@@ -72,6 +74,10 @@ def test_pain_05_a_workspace_is_matched_whole_never_by_its_ending() -> None:
     adapter = gw.attach(model, gw.FineTuning(workspaces=["norm.final"]))
     assert [site.module for site in adapter.sites.values()] == ["model.norm"]
     assert adapter.count() == 32
+    inside = gw.attach(llama(), gw.FineTuning(workspaces=["norm"]))
+    assert {site.module.split(".")[1] for site in inside.sites.values()} == {
+        "layers"
+    }  # norm.final begins with it
 
 
 def test_pain_05_a_pattern_of_module_names_is_matched_whole() -> None:
@@ -115,7 +121,9 @@ def test_pain_19_a_low_rank_update_of_experts_is_the_sum_of_products() -> None:
     down, up = (adapter.tensors()[f"0/experts.down.{part}"].double() for part in ("down", "up"))
     gw.merge(model)
     wanted = before + 2.0 * torch.einsum("eor,eri->eoi", up, down)
-    torch.testing.assert_close(model.model.layers[0].mlp.experts.down_proj.double(), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        model.model.layers[0].mlp.experts.down_proj.double(), wanted, rtol=1e-5, atol=1e-6
+    )
 
 
 class Block(nn.Module):
@@ -181,7 +189,9 @@ class Stranger(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(nn.ModuleDict({"mix": nn.Linear(8, 8), "out": nn.Linear(8, 8)}) for _ in range(3))
+        self.stages = nn.ModuleList(
+            nn.ModuleDict({"mix": nn.Linear(8, 8), "out": nn.Linear(8, 8)}) for _ in range(3)
+        )
         self.tail = nn.Linear(8, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -219,7 +229,9 @@ def test_pain_next_no_class_of_torch_or_transformers_is_patched() -> None:
     before = [dict(vars(kind)) for kind in kinds]
     names = dict(vars(modeling_llama))
     model = llama()
-    for number, technique in enumerate((gw.LoRA(rank=2), gw.PrefixTuning(length=2), gw.PromptTuning(length=2))):
+    for number, technique in enumerate(
+        (gw.LoRA(rank=2), gw.PrefixTuning(length=2), gw.PromptTuning(length=2))
+    ):
         grafted(model, technique, f"a{number}")
         logits(model, batch())
     assert [dict(vars(kind)) for kind in kinds] == before

@@ -38,13 +38,14 @@ class Facts:
         self.__init__()  # type: ignore[misc]
 
     def gather(self, model: nn.Module, seat_name: str, adapters: Iterable[Adapter]) -> None:
-        """Note how the sites of `adapters` are reached now."""
+        """Note how the sites of `adapters` are reached now, once a site however many adapters it has."""
         for adapter in adapters:
             for place in adapter.placed:
-                if place.site.module not in self._known:
-                    self._known.add(place.site.module)
-                    self._facts += self._of(model, seat_name, place.site.module)
-                held = place.graft.module.__dict__
+                if place.site.module in self._known:
+                    continue
+                self._known.add(place.site.module)
+                self._facts += self._of(model, seat_name, place.site.module)
+                held = place.graft.module.__dict__  # offloading takes all modules of a site or none
                 self._facts.append((held, offloaded.HOOK, held.get(offloaded.HOOK), place.site.module))
         self._entries = [(entries, key) for entries, key, _, _ in self._facts]
         self._values = [value for _, _, value, _ in self._facts]

@@ -19,8 +19,8 @@ class Part:
     """One technique at one workspace.
 
     Attributes:
-        technique: its name. workspace: with the stack in front where the model has several; `shared` for tensors
-            common to all sites of the technique.
+        technique: its name.
+        workspace: with the stack in front where there are several; `shared` for what sites have in common.
         modules: how many modules it inserts there (0 for `shared`).
         layers: the layers they are in; layers_there: how many the stack has (0 outside layers).
         parameters: trainable values. bytes: of the tensors in an adapter file.
@@ -54,7 +54,8 @@ def table(adapter: Adapter) -> str:
     head = ("technique", "workspace", "modules", "layers", "parameters", "in a file")
     count = adapter.count()
     share = f", {count / adapter.host_parameters:.3%} of the host's" if adapter.host_parameters else ""
-    last = f"{adapter.name}: {len(adapter.placed)} modules, {count:,} parameters{share}, {sum(r.bytes for r in rows):,} B"
+    size = sum(row.bytes for row in rows)
+    last = f"{adapter.name}: {len(adapter.placed)} modules, {count:,} parameters{share}, {size:,} B"
     return "\n".join([*_aligned([head, *cells]), last])
 
 
