@@ -12,6 +12,8 @@ seed. The thin factors are cast to the precision of x, never x to theirs.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,14 +51,14 @@ def low_rank_linear(
 
     Returns: (..., O) in the precision of x (of autocast where it is on).
     """
-    if _traced():
+    if traced():
         return _plain(x, weight, bias, down, up, mask, scale, dropout)
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     drop = Drop.draw(dropout) if dropout else None
-    if torch.is_grad_enabled() and _any_tracked(x, weight, bias, down, up, mask):
+    if torch.is_grad_enabled() and any_tracked(x, weight, bias, down, up, mask):
         return _LowRankLinear.apply(x, weight, bias, down, up, mask, scale, drop, dtype)
     if x.dtype != dtype:
-        x, weight, bias = x.to(dtype), _cast(weight, dtype), _cast(bias, dtype)
+        x, weight, bias = x.to(dtype), cast(weight, dtype), cast(bias, dtype)
     return _product(x, weight, bias, down, up, mask, scale, drop)
 
 
@@ -81,13 +83,13 @@ def low_rank_embedding(
     Returns: (..., C).
     """
     dtype = dtype or up.dtype
-    if torch.is_grad_enabled() and not _traced() and _any_tracked(down, up):
+    if torch.is_grad_enabled() and not traced() and any_tracked(down, up):
         return _LowRankEmbedding.apply(ids, down, up, scale, padding_idx, dtype)
     inner = functional.embedding(ids, down.t(), padding_idx).to(dtype)
     return functional.linear(inner * scale, up.to(dtype))
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Whether somebody else differentiates or records: functorch, the compiler, the tracer."""
     return (
         torch.compiler.is_compiling()
@@ -96,19 +98,35 @@ def _traced() -> bool:
     )
 
 
-def _any_tracked(*tensors: Tensor | None) -> bool:
+def any_tracked(*tensors: Tensor | None) -> bool:
+    """Whether one of them requires a gradient."""
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The precision of products with x: its own, or that of autocast where it is on."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor in that precision, None for none."""
     return None if tensor is None else tensor.to(dtype)
+
+
+def outside_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """A backward whose products keep the precision of the forward, whatever region it is called in."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, dy: Tensor) -> Any:
+        if not torch.is_autocast_enabled(dy.device.type):
+            return backward(ctx, dy)
+        with torch.autocast(dy.device.type, enabled=False):
+            return backward(ctx, dy)
+
+    return run
 
 
 def _plain(
@@ -122,7 +140,7 @@ def _plain(
     dropout: float,
 ) -> Tensor:
     """The definition, in operations that every tracer and transform knows."""
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     dropped = functional.dropout(x, dropout) if dropout else x
     inner = (_rows(dropped.to(dtype), down) @ down.to(dtype).mT * scale).reshape(*x.shape[:-1], -1)
     if mask is not None:
@@ -185,15 +203,13 @@ class _LowRankLinear(Function):
         ctx.scale, ctx.drop, ctx.lead, ctx.x_dtype = scale, drop, x.shape[:-1], x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         if x.dtype != dtype:
-            x, weight, bias = x.to(dtype), _cast(weight, dtype), _cast(bias, dtype)
+            x, weight, bias = x.to(dtype), cast(weight, dtype), cast(bias, dtype)
         return _product(x, weight, bias, down, up, mask, scale, drop)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.is_autocast_enabled(dy.device.type):
-            return (*_gradients(ctx, dy), None, None, None)
-        with torch.autocast(dy.device.type, enabled=False):
-            return (*_gradients(ctx, dy), None, None, None)
+        return (*_gradients(ctx, dy), None, None, None)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -257,6 +273,7 @@ class _LowRankEmbedding(Function):
         return functional.linear(inner.mul_(scale), up.to(dtype))
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ids, down, up = ctx.saved_tensors
         _, to_down, to_up, *_ = ctx.needs_input_grad
