@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, also in the writing of checkpoints: the bits are those of a run left in peace."""
+"""SIGKILL at random moments, also in writing checkpoints: the bits are those of a run left in peace."""
 
 import multiprocessing
 import random

@@ -7,6 +7,7 @@ are counted, what autograd keeps is added up storage by storage, and floating-po
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -157,11 +158,20 @@ class Step:
         """Operations of the forward, and of forward and backward."""
         from torch.utils.flop_counter import FlopCounterMode
 
-        with FlopCounterMode(display=False) as counter:
+        aten = torch.ops.aten  # torch counts `addmm` and `baddbmm`, not their in-place forms
+        in_place = {aten.addmm_: _product_flops, aten.baddbmm_: _product_flops}
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
             loss = self.loss()
             forward = counter.get_total_flops()
             loss.backward()
         return forward, counter.get_total_flops()
+
+
+def _product_flops(
+    _: torch.Size, left: torch.Size, right: torch.Size, out_shape: object = None, **__: object
+) -> int:
+    """Of a product of (..., M, K) and (..., K, N), a multiply and an add as two."""
+    return 2 * math.prod(left) * right[-1]
 
 
 def example_inputs(model: nn.Module, batch: int, sequence: int) -> dict[str, Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graftwork.errors import BadData
-from graftwork.reference.technique import Technique
+
+if TYPE_CHECKING:
+    from graftwork.reference.technique import Technique
 
 BEGIN, END = "<!-- techniques: begin -->", "<!-- techniques: end -->"
 
