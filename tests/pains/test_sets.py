@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import graftwork as gw
 from graftwork.engine.attach import state_of
+from graftwork.errors import BadFile
 from graftwork.testing import tiny, tiny_batch
 
 from .kit import batch, grafted, llama, logits, training
@@ -195,6 +196,28 @@ def test_pain_next_several_processes_average_what_trains_and_nothing_else(one_pr
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {
         name for name, p in model.named_parameters() if "grafts" in name.split(".")
     }
+
+
+@pytest.mark.parametrize("to_train", [False, True])
+def test_pain_20_a_new_adapter_trains_alone_after_loading(to_train: bool, tmp_path) -> None:
+    model = llama()
+    gw.attach(model, gw.LoRA(rank=2), name="one")
+    gw.load(model, gw.save(model, tmp_path, "one"), name="two", trainable=to_train)
+    assert training(model) == ({"one", "two"} if to_train else {"one"})
+    gw.attach(model, gw.LoRA(rank=2), name="three")
+    assert training(model) == {"three"}
+
+
+def test_pain_20_a_refused_file_leaves_who_trains_as_it_was(tmp_path) -> None:
+    model = llama()
+    grafted(model, gw.LoRA(rank=2), "one")
+    path = gw.save(model, tmp_path, "one")
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(BadFile):
+        gw.load(model, path, name="two", trainable=True)
+    assert state(model) == (["one"], ("one",), {"one"})
+    gw.attach(model, gw.LoRA(rank=2), name="three")
+    assert training(model) == {"three"}
 
 
 def test_pain_20_switching_off_is_the_base_and_thaws_nothing() -> None:

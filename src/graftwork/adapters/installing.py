@@ -62,12 +62,14 @@ def install(
     if not allow_other_base:
         check_base(model, stored.manifest.base, name)
     training = {id(p): p.requires_grad for adapter in adapters(model).values() for p in adapter.parameters()}
+    trained = state_of(model).training if adapters(model) else ()
     with _all_or_nothing(model, name):
         adapter = _attached(model, stored, name)
         adapter.load_tensors(_fitting(adapter, stored))
         for other in adapters(model).values():
             for parameter in other.parameters():
                 parameter.requires_grad_(training.get(id(parameter), to_train))
+        state_of(model).training = (*trained, *([name] if to_train else []))
     return adapter
 
 
