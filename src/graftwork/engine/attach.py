@@ -83,7 +83,7 @@ def attach(
     built = _build(model, techniques, wanted, name)
     adapter = Adapter(name, techniques, built, _size(model))
     _seat(model, state, adapter)
-    state.unreached, state.ungraded = verify, verify
+    state.verify = state.unreached = state.ungraded = verify
     return adapter
 
 

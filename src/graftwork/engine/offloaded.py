@@ -29,7 +29,7 @@ def device_of(model: nn.Module, path: str, found: torch.device) -> torch.device:
 def fetched(module: nn.Module, name: str, stored: Tensor) -> Tensor:
     """A stored parameter, brought in where it is offloaded."""
     hook = offloading(module.__dict__.get(HOOK)) if stored.is_meta else None
-    return stored.detach() if hook is None else hook.weights_map[name].to(hook.execution_device)
+    return stored if hook is None else hook.weights_map[name].to(hook.execution_device)
 
 
 def refuse_whole(model: nn.Module, path: str) -> None:

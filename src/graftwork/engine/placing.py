@@ -164,7 +164,7 @@ def matrix(model: nn.Module, site: Site) -> Callable[[], Tensor]:
 
     def read() -> Tensor:
         host = model.get_submodule(site.module)
-        whole = operation_of(type(host)).matrix(host, _host_tensor(host, site.parameter))
+        whole = operation_of(type(host)).matrix(host, _host_tensor(host, site.parameter)).detach()
         whole = whole.float() if whole.element_size() < 4 else whole
         return whole if site.channels is None else channels.take(whole, site.channels, -2)
 
@@ -177,7 +177,7 @@ def bias(model: nn.Module, site: Site) -> Callable[[], Tensor] | None:
         return None
 
     def read() -> Tensor:
-        stored = _host_tensor(model.get_submodule(site.module), "bias")
+        stored = _host_tensor(model.get_submodule(site.module), "bias").detach()
         whole = stored.float() if stored.element_size() < 4 else stored
         return whole if site.channels is None else channels.take(whole, site.channels, -1)
 

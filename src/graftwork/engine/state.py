@@ -61,6 +61,7 @@ class State:
         frozen: base parameter name -> requires_grad as found at the first attach.
         seated: dotted names of the modules that carry a seat.
         facts: how the sites were reached when they were grafted.
+        verify: the last attach asked for the two checks that follow.
         unreached: the next forward checks that the host came by every running site.
         ungraded: the next backward checks that each trainable adapter tensor got a gradient.
         lock: held while a seated module is called, so that threads take turns.
@@ -82,6 +83,7 @@ class State:
         self.frozen: dict[str, bool] = {}
         self.seated: frozenset[str] = frozenset()
         self.facts = Facts()
+        self.verify = True
         self.unreached = False
         self.ungraded = False
         self.lock = threading.RLock()

@@ -62,7 +62,7 @@ def trainable(model: nn.Module, *names: str) -> Restore:
     for name, adapter in state.adapters.items():
         for parameter in adapter.parameters():
             parameter.requires_grad_(name in wanted)
-    checked, state.ungraded = state.ungraded, bool(wanted)
+    checked, state.ungraded = state.ungraded, bool(wanted) and state.verify
     training, state.training = state.training, tuple(wanted)
 
     def undo() -> None:

@@ -30,7 +30,9 @@ def jitter(adapter: gw.Adapter, size: float = 0.1, seed: int = 1) -> gw.Adapter:
     return adapter
 
 
-def grafted(model: nn.Module, technique: object, name: str = "default", seed: int = 1, **options: object) -> gw.Adapter:
+def grafted(
+    model: nn.Module, technique: object, name: str = "default", seed: int = 1, **options: object
+) -> gw.Adapter:
     """Attach and jitter: the same tensors every time."""
     torch.manual_seed(seed)
     return jitter(gw.attach(model, technique, name=name, **options), seed=seed)

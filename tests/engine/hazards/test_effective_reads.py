@@ -6,9 +6,9 @@ from torch import nn
 
 import graftwork as gw
 from graftwork.errors import StateError
+from graftwork.testing import tiny
 
 from .kit import batch, gradients, grafted, largest_gap, llama, loss_of
-from graftwork.testing import tiny
 
 
 class Reader(nn.Module):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize, parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import graftwork as gw
 from graftwork.errors import StateError
@@ -47,7 +47,9 @@ def _model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), nn.Tanh()).eval()
 
 
-def _by_formula(model: nn.Module, name: str, adapter: gw.Adapter, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+def _by_formula(
+    model: nn.Module, name: str, adapter: gw.Adapter, x: torch.Tensor, base: torch.Tensor
+) -> torch.Tensor:
     """The adapted answer from the base's own linear answer, by the technique's definition."""
     (graft,) = adapter.modules.values()
     linear = torch.atanh(base)

@@ -20,7 +20,9 @@ def _served() -> nn.Module:
     return model
 
 
-def _answers(model: nn.Module, choices: list[tuple[str, ...]], rounds: int) -> list[tuple[tuple[str, ...], torch.Tensor]]:
+def _answers(
+    model: nn.Module, choices: list[tuple[str, ...]], rounds: int
+) -> list[tuple[tuple[str, ...], torch.Tensor]]:
     inputs, barrier = batch(), threading.Barrier(len(choices))
 
     def serve(names: tuple[str, ...]) -> list[tuple[tuple[str, ...], torch.Tensor]]:

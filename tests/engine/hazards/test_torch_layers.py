@@ -184,7 +184,9 @@ def test_an_embedding_with_a_largest_norm():
     ids = torch.tensor([[1, 2], [3, 1]])
     adapter = grafted(model, gw.LoRA(rank=2, workspaces=("re:0",)))
     (graft,) = adapter.modules.values()
-    wanted = plain(ids) + graft.delta().T[ids] if graft.delta().shape[1] == 9 else plain(ids) + graft.delta()[ids]
+    wanted = (
+        plain(ids) + graft.delta().T[ids] if graft.delta().shape[1] == 9 else plain(ids) + graft.delta()[ids]
+    )
     torch.testing.assert_close(model(ids), wanted)
     assert torch.equal(model[0].weight, plain.weight)
 

@@ -66,7 +66,9 @@ def test_resumed_equals_uninterrupted(name, checkpointing, tmp_path):
     _trainer(model, tmp_path / "parts", stop=3, **options).train()
     model = llama()
     resumed = grafted(model, techniques()[name], seed=5)
-    _trainer(model, tmp_path / "parts", **options).train(resume_from_checkpoint=str(tmp_path / "parts/checkpoint-3"))
+    _trainer(model, tmp_path / "parts", **options).train(
+        resume_from_checkpoint=str(tmp_path / "parts/checkpoint-3")
+    )
     assert largest_gap(whole.tensors(), resumed.tensors()) < 1e-6
 
 
