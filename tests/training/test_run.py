@@ -197,3 +197,15 @@ def test_language_tasks(tmp_path: Path, family: str, task: str) -> None:
     result = tune(Recipe.of({**values, "task": task, "data": data, "technique": "lora"}))
     assert result.best_metric in result.scores["validation"]
     assert RunFolder(tmp_path / "run").finished
+
+
+def test_what_the_base_lacks_is_trained_and_saved(tmp_path: Path) -> None:
+    """A masked language model has no pooler: a random one must not be lost between training and evaluation."""
+    save_host("bert", tmp_path / "host")
+    save_rows(tmp_path / "train.jsonl", 24, 0)
+    save_rows(tmp_path / "dev.jsonl", 24, 1)
+    result = run(tmp_path, tmp_path / "run", steps=2)
+    assert "pooler" in result.techniques[1]
+    assert result.techniques[2] == "FineTuning(workspaces=['head'])"
+    torch.manual_seed(123)
+    assert evaluate(tmp_path / "run") == pytest.approx(result.scores["validation"], abs=1e-6)

