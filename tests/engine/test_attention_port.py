@@ -290,6 +290,15 @@ def test_a_prefix_and_a_prompt_serve_different_rows_of_one_batch():
         assert gap(routed(model, batch), rows_of(model, batch)) < 2e-6
 
 
+def test_a_prefix_stays_in_a_sliding_window():
+    model = grafted("mistral", prefix)
+    ids, _ = tokens(length=30, left=(0, 0, 0))
+    model(input_ids=ids).logits[:, -1].sum().backward()
+    pieces = [p for key, p in model.named_parameters() if ".grafts.b." in key]
+    assert len(pieces) == 4
+    assert all(piece.grad.abs().max() > 1e-6 for piece in pieces)
+
+
 def test_flash_attention_is_given_a_mask_of_rows(monkeypatch):
     """Stands in for the kernel: reads (batch, keys), aligns causality at the last key, has no options."""
     from transformers import masking_utils

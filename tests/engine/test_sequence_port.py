@@ -24,10 +24,10 @@ from graftwork.techniques.prompt_tuning import PromptTuning
 from graftwork.testing import tiny, tiny_batch
 
 FAMILIES = (
-    "bert", "roberta", "xlm-roberta", "distilbert", "electra", "modernbert", "deberta-v2", "gpt2", "gpt-neox",
-    "opt", "bloom", "falcon", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3",
-    "t5", "t5:decoder", "mt5", "bart", "bart:decoder", "whisper:decoder", "vit", "dinov2", "clip:vision", "mamba",
-    "mamba2",
+    "bert", "roberta", "xlm-roberta", "distilbert", "electra", "modernbert", "deberta-v2", "gpt2", "opt",
+    "gpt-neox", "bloom", "falcon", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2",
+    "gemma3", "phi3", "t5", "t5:decoder", "mt5", "bart", "bart:decoder", "whisper:decoder", "vit", "dinov2",
+    "clip:vision", "mamba", "mamba2",
 )  # fmt: skip
 DECODERS = (
     "llama",
@@ -548,6 +548,7 @@ def test_it_compiles_without_a_break(name):
                 assert gap(answer(compiled, inputs), answer(model, inputs)) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_new_index_needs_no_new_graph():
     model, batch = grafted("llama", prompt), tiny_batch("llama")
     graphs: list[int] = []
@@ -634,7 +635,7 @@ def test_a_prompt_leaves_a_sliding_window():
     """Positions are known by memory, so a window of 4 in two layers never reaches back to the prompt."""
     model = grafted("mistral", prompt)
     ids, _ = tokens(length=30, left=(0, 0, 0))
-    with active(model, "b"):
+    with active(model, "b"), pytest.warns(UserWarning, match="8 positions together"):
         model(input_ids=ids).logits[:, -1].sum().backward()
     piece = next(p for key, p in model.named_parameters() if ".grafts.b." in key)
     assert piece.grad.abs().max() == 0

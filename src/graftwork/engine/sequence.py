@@ -33,7 +33,7 @@ from graftwork.reference.site import Site
 
 def check(model: nn.Module, site: Site) -> None:
     """Refuse a stack that cannot take extra positions, with the reason."""
-    check_embeds(facts_of(model, site), site)
+    check_embeds(facts_of(model, site), site, model.get_submodule(stack_path(model, site)))
 
 
 def install(model: nn.Module, module: nn.Module, seat: Seat) -> None:

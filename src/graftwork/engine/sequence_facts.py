@@ -35,6 +35,7 @@ class Facts:
         causal: the stack looks back only.
         stays: the prompt stays in the output, for a decoder to see it.
         between: positions enter at the first layer and leave behind the last.
+        reach: how far back the layers' sliding windows look together, 0 where a layer has none.
     """
 
     where: str
@@ -49,6 +50,7 @@ class Facts:
     causal: bool
     stays: bool
     between: bool
+    reach: int
 
 
 def facts_of(model: nn.Module, site: Site) -> Facts:
@@ -70,6 +72,7 @@ def facts_of(model: nn.Module, site: Site) -> Facts:
         causal=stack.causal or bool(getattr(getattr(module, "config", None), "is_decoder", False)),
         stays=_is_read(model, site),
         between=stack.sequence == "layers",
+        reach=_reach(module),
     )
 
 
@@ -111,9 +114,10 @@ def relative_bias(stack: nn.Module) -> str:
     return ""
 
 
-def check_embeds(facts: Facts, site: Site) -> None:
+def check_embeds(facts: Facts, site: Site, stack: nn.Module) -> None:
     """Refuse a stack that cannot be given embeddings."""
-    if not facts.between and "inputs_embeds" not in facts.arguments:
+    takes = "inputs_embeds" in facts.arguments and hasattr(stack, "get_input_embeddings")
+    if not facts.between and not takes:
         raise PortUnavailable(
             f"sequence port: {facts.where} at {site.module or 'the root'} takes no inputs_embeds, so no "
             "positions can be put in there; use the attention port (prefix tuning)"
@@ -123,6 +127,14 @@ def check_embeds(facts: Facts, site: Site) -> None:
 def _name(site: Site, module: nn.Module) -> str:
     family = getattr(getattr(module, "config", None), "model_type", "")
     return f"{' '.join(part for part in (family, site.stack) if part)} ({type(module).__name__})".strip()
+
+
+def _reach(module: nn.Module) -> int:
+    config = getattr(module, "config", None)
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not window or (kinds and any("sliding" not in kind for kind in kinds)):
+        return 0
+    return int(window) * int(getattr(config, "num_hidden_layers", 0))
 
 
 def _counting(module: nn.Module) -> str:

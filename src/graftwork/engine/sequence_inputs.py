@@ -5,6 +5,7 @@ B samples, T own positions of this call, P own positions in the cache, n slots, 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from graftwork.engine.sequence_slots import Slots
 from graftwork.errors import PortUnavailable, StateError
 
 Call = dict[str, Any]
+_OTHER_CACHES = ("state", "mems", "past_buckets_states")
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"}
 
 
@@ -199,8 +201,25 @@ def _check_room(facts: Facts, what: str, extra: int, past: Any, tokens: int, pla
     )
 
 
+def check_reach(facts: Facts, call: Call, slots: Slots) -> None:
+    """Warn of a text whose end no layer can look back from to the prompt."""
+    length = extent(call)[1]
+    if 0 < facts.reach < length and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{facts.where}: every layer looks back through a sliding window, {facts.reach} positions "
+            f"together, so the end of a text of {length} does not see prompt {slots.names}; a prefix (prefix "
+            "tuning) stays in view",
+            stacklevel=2,
+        )
+
+
 def _refuse_unknown(facts: Facts, call: Call, slots: Slots) -> None:
     _refuse_packed(facts, call)
+    for name in _OTHER_CACHES:
+        if call.get(name) is not None:
+            raise PortUnavailable(
+                f"{facts.where}: a prompt cannot be kept in {name!r}; generate with use_cache=False"
+            )
     extents = extent(call)
     for name, value in call.items():
         strange = name not in _KNOWN and not name.startswith("encoder_") and isinstance(value, Tensor)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graftwork.engine import sequence_cache as caches
 from graftwork.engine import sequence_inputs as inputs
@@ -119,6 +119,7 @@ class _Run:
                 f"{self.facts.where}: this cache was filled without prompt {slots.names}; "
                 "start with an empty cache"
             )
+        inputs.check_reach(self.facts, call, slots)
         changed = inputs.entering(self.module, self.facts, call, slots)
         layout = slots.layout
         assert layout is not None
@@ -193,11 +194,12 @@ class _Run:
 
 
 def _batch(call: Call) -> tuple[int, torch.device]:
-    first = next(call[name] for name in _FIRST if call.get(name) is not None)
+    named = (call.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values", "input_features"))
+    tensors = (value for value in (*named, *call.values()) if isinstance(value, Tensor))
+    first = next(tensors, None)
+    if first is None:
+        raise StateError(f"a stack with a prompt was called without any tensor: {sorted(call)}")
     return int(first.shape[0]), first.device
-
-
-_FIRST = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "hidden_states")
 
 
 def _as_asked(module: nn.Module, call: Call, out: Any) -> Any:

@@ -138,7 +138,7 @@ def _closed(mask: Tensor) -> float:
 
 
 def _with_bias(call: Call, extra: Prefix, key: Tensor) -> dict[str, Any]:
-    """T5 adds a bias by relative position (layers share it, so a copy): none for a prefix that nobody counted."""
+    """T5's bias by relative position, on a copy since layers share it: none for a prefix nobody counted."""
     bias = call.options.get("position_bias")
     if bias is None:
         return call.options
