@@ -107,3 +107,10 @@ def test_flops_of_a_low_rank_linear_by_hand() -> None:
     assert found.forward_flops == 2 * batch * (wide * narrow + thin)
     backward = found.step_flops - found.forward_flops
     assert 2 * batch * (2 * thin - rank * wide) <= backward <= 2 * batch * (3 * thin + wide * narrow)
+
+
+def test_dropout_needs_no_values() -> None:
+    with_dropout, without = (
+        cost(tiny("llama"), gw.LoRA(rank=2, dropout=p), sequence=8) for p in (0.1, 0.0)
+    )
+    assert with_dropout.step_flops == without.step_flops

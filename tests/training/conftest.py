@@ -69,7 +69,7 @@ def recipe_values(stage: Path, output: Path, **training: object) -> dict[str, ob
     }
     return {
         "model": str(stage / "host"),
-        "technique": {"name": "lora", "rank": 2, "up_rate": 4.0},
+        "technique": {"name": "lora", "rank": 2, "dropout": 0.1, "up_rate": 4.0},
         "task": "text-classification",
         "data": {"train": str(stage / "train.jsonl"), "validation": str(stage / "dev.jsonl")},
         "training": {**defaults, **training},

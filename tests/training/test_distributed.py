@@ -12,6 +12,7 @@ from conftest import recipe_values
 from safetensors.torch import load_file
 
 from graftwork.testing import tiny
+from graftwork.training.evaluate import evaluate
 from graftwork.training.journal import Journal
 from graftwork.training.recipe import Recipe
 from graftwork.training.result import RunResult
@@ -35,8 +36,15 @@ def quiet(stage: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(quiet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("alone") / "run"
-    tune(Recipe.of(recipe_values(quiet, output, **LENGTH)))
+    tune(Recipe.of(values(quiet, output)))
     return output
+
+
+def values(quiet: Path, output: Path, **training: object) -> dict[str, object]:
+    return {
+        **recipe_values(quiet, output, **LENGTH, **training),
+        "technique": {"name": "lora", "up_rate": 4.0},
+    }
 
 
 def launch(recipe: Recipe, folder: Path) -> None:
@@ -58,13 +66,13 @@ def test_two_processes_train_as_one(
     quiet: Path, alone: Path, tmp_path: Path, sharding: str, slices: int
 ) -> None:
     output = tmp_path / "run"
-    values = recipe_values(quiet, output, **LENGTH, sharding=sharding, accumulation=slices)
-    launch(Recipe.of(values), tmp_path)
+    launch(Recipe.of(values(quiet, output, sharding=sharding, accumulation=slices)), tmp_path)
     assert len(list((output / "adapter").iterdir())) == 1
     assert losses(output) == pytest.approx(losses(alone), abs=2e-5)
     assert len(losses(output)) == 6
     result = RunResult.of(json.loads((output / "run.json").read_text()), "run.json")
     assert result.processes == 2
+    assert evaluate(output)["loss"] == pytest.approx(result.scores["validation"]["loss"], abs=1e-5)
     one, two = (load_file(run / "adapter" / "default.safetensors") for run in (alone, output))
     assert one.keys() == two.keys()
     for name, tensor in one.items():

@@ -43,7 +43,7 @@ def test_what_a_run_folder_holds(finished: tuple[Path, RunResult]) -> None:
     assert (output / "curves.png").stat().st_size > 5000
     card = (output / "card.md").read_text()
     assert f"{result.trainable:,}" in card
-    assert "LoRA(rank=2, up_rate=4.0)" in card
+    assert "LoRA(rank=2, dropout=0.1, up_rate=4.0)" in card
 
 
 def test_facts_of_a_run(stage: Path, finished: tuple[Path, RunResult]) -> None:
@@ -200,7 +200,7 @@ def test_language_tasks(tmp_path: Path, family: str, task: str) -> None:
 
 
 def test_what_the_base_lacks_is_trained_and_saved(tmp_path: Path) -> None:
-    """A masked language model has no pooler: a random one must not be lost between training and evaluation."""
+    """A masked language model has no pooler: the random one in its place is not lost after training."""
     save_host("bert", tmp_path / "host")
     save_rows(tmp_path / "train.jsonl", 24, 0)
     save_rows(tmp_path / "dev.jsonl", 24, 1)

@@ -32,9 +32,11 @@ def demo(
     import time
 
     from graftwork.cli.comparison import Comparison
+    from graftwork.cli.quiet import quiet
     from graftwork.training.report import write_report
     from graftwork.training.run import tune
 
+    quiet()
     start = time.perf_counter()
     with Comparison(list(WAYS)) as table:
         for name in WAYS:

@@ -22,8 +22,10 @@ def merge(
 
     if out.exists() and any(out.iterdir()):
         raise StateError(f"{out} exists and is not empty; choose a new folder")
+    from graftwork.cli.quiet import quiet
     from graftwork.training.subject import open_subject
 
+    quiet()
     subject = open_subject(adapter, model=model, task=task)
     host, preprocessor = subject.load()
     from graftwork.engine.merging import merge as fold

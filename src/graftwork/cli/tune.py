@@ -25,9 +25,11 @@ def tune(
 
     plan = Recipe.load(recipe, overrides or ())
     from graftwork.cli.progress import watching
+    from graftwork.cli.quiet import quiet
     from graftwork.cli.results import print_result
     from graftwork.training.run import tune as run
 
+    quiet()
     names = " + ".join(technique.name for technique in plan.techniques())
     with watching(names) as watch:
         result = run(plan, resume=resume, overwrite=overwrite, watch=watch)

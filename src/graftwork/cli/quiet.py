@@ -1,0 +1,14 @@
+"""What transformers says of itself on the terminal, turned down to errors."""
+
+from __future__ import annotations
+
+
+def quiet() -> None:
+    """No weight-loading bars and no load reports: what matters in them is handled and told by our own log."""
+    import logging
+
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
