@@ -1,4 +1,4 @@
-"""Attach and detach: resolve sites, build modules, then seat them; nothing is touched before everything is known."""
+"""Attach and detach: resolve sites, build modules, then seat them; nothing is touched before all is known."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def attach(
         name: letters, digits, `_` and `-`.
         head: train a copy of the task head with the adapter ("auto": when the model has a task head; True: it
             must have one; False: the head stays frozen).
-        verify: check in the first forward that the host comes by every site, and in the first backward that every
-            trainable tensor gets a gradient.
+        verify: check in the first forward that the host comes by every site, and in the first backward that
+            every trainable tensor gets a gradient.
 
     Returns:
         The adapter, with its sites, modules and tensors.
@@ -108,7 +108,7 @@ def detach(model: nn.Module, *names: str) -> None:
 
 
 def state_of(model: nn.Module) -> State:
-    """The state of an attached model whose sites are all there; an error that tells what to do on any other."""
+    """The state of an attached model whose sites are all there; an error with what to do on any other."""
     state = _root_state(model)
     state.facts.check(model, SEAT, state.adapters.values())
     return state
@@ -174,7 +174,8 @@ def _refuse_idle_entries(model: nn.Module, technique: Technique, fitting: set[st
         meant = select_sites(model, (text,), technique.layers, port=card.port)
         if meant and not text.endswith("?") and not fitting & {site.key for site in meant}:
             raise NothingMatches(
-                f"{technique.name}: {text!r} is there ({', '.join(site.key for site in meant[:4])}), but none of it fits "
+                f"{technique.name}: {text!r} is there ({', '.join(site.key for site in meant[:4])}), but "
+                "none of it fits "
                 f"a {technique.name} module, so it would be left out. Take it out of workspaces"
             )
 
@@ -184,14 +185,14 @@ def _check(model: nn.Module, technique: Technique, site: Site) -> None:
     module = model.get_submodule(site.module)
     if port is Port.HIDDEN and site.read_only:
         raise PortUnavailable(
-            f"{technique.name}: {site.key} ({site.module}) is read by its owner and never called, so a hidden module "
-            "there would do nothing; use a weight-port technique, or the block's output"
+            f"{technique.name}: {site.key} ({site.module}) is read by its owner and never called, so a "
+            "hidden module there would do nothing; use a weight-port technique, or the block's output"
         )
     parallel = port is Port.HIDDEN and technique.card.insertion is Insertion.PARALLEL
     if parallel and set(getattr(module, "stride", (1,))) != {1}:
         raise PortUnavailable(
-            f"{technique.name}: {site.key} ({site.module}) has a stride of {module.stride}, so a parallel module that "
-            "reads its input has no position for each of its outputs; use insertion='sequential'"
+            f"{technique.name}: {site.key} ({site.module}) has a stride of {module.stride}, so a parallel "
+            "module that reads its input has no position for each of its outputs; use insertion='sequential'"
         )
     if port is Port.ATTENTION:
         attention.check(module, site)

@@ -1,5 +1,5 @@
-"""Nothing is a silent no-op: after the first forward every running site was met, after the first backward every
-trainable tensor of a running adapter has a gradient."""
+"""Nothing is a silent no-op: after the first forward every running site was met, after the first backward
+every trainable tensor of a running adapter has a gradient."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def _watch(out: Any, state: State) -> None:
     tensors = [t for t in _tensors(out) if t.requires_grad]
     if not tensors:
         raise NoGradient(
-            f"the model's output needs no gradient although {', '.join(dict.fromkeys(running))} is active and "
-            "trainable: no adapter tensor can be trained by it"
+            f"the model's output needs no gradient although {', '.join(dict.fromkeys(running))} is active "
+            "and trainable: no adapter tensor can be trained by it"
         )
     queued: list[bool] = []
 
@@ -75,7 +75,7 @@ def _watch(out: Any, state: State) -> None:
         if not queued and _accumulates(then.values()):
             queued.append(True)
             engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-            # Queued twice: sharded data parallel hands gradients over in a callback of its own, which comes first.
+            # Queued twice: sharded data parallel hands gradients over in a callback of its own, before ours.
             engine.queue_callback(lambda: engine.queue_callback(lambda: _check_gradients(state, then)))
 
     for tensor in tensors:
@@ -83,7 +83,7 @@ def _watch(out: Any, state: State) -> None:
 
 
 def _trainable(state: State) -> dict[tuple[str, str], Tensor]:
-    """Trainable leaf tensors by (adapter, name), but for adapters that this batch's route sends nothing to."""
+    """Trainable leaf tensors by (adapter, name), but for adapters this batch's route has no row for."""
     unused = () if state.route is None else [n for n in state.route.names if not state.route.uses(n)]
     return {
         (name, key): parameter
@@ -104,7 +104,7 @@ def _accumulates(parameters: Iterable[Tensor]) -> bool:
 
 
 def _check_gradients(state: State, then: dict[tuple[str, str], Tensor]) -> None:
-    """Look at the tensors of the forward, which torch.func may have lent, and at today's, which sharding may swap."""
+    """Look at the forward's tensors (torch.func may have lent them) and at today's (sharding swaps them)."""
     if not state.ungraded:
         return
     state.ungraded = False
@@ -119,8 +119,10 @@ def _check_gradients(state: State, then: dict[tuple[str, str], Tensor]) -> None:
         idle = [name for name in state.adapters if name not in state.running]
         hint = f" (not active: {', '.join(idle)})" if idle else ""
         raise NoGradient(
-            f"the first backward gave no gradient to {len(missing)} trainable adapter tensors{hint}: {shown}. "
-            "Freeze what does not take part (gw.trainable), choose other workspaces, or attach with verify=False"
+            f"the first backward gave no gradient to {len(missing)} trainable adapter tensors{hint}: "
+            f"{shown}. "
+            "Freeze what does not take part (gw.trainable), choose other workspaces, or attach with "
+            "verify=False"
         )
 
 

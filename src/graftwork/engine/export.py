@@ -46,8 +46,8 @@ def members(base: type) -> dict[str, Any]:
 def _saving(base: type) -> dict[str, Any]:
     """A `save_pretrained` that writes the base as it is, so that `from_pretrained` finds no surprise.
 
-    A caller that hands over a state dict, as transformers' Trainer does (None included), makes a checkpoint to resume
-    from: it gets every tensor, adapters included.
+    A caller that hands over a state dict, as transformers' Trainer does (None included), makes a checkpoint
+    to resume from: it gets every tensor, adapters included.
     """
     if not hasattr(base, "save_pretrained"):
         return {}
@@ -81,8 +81,8 @@ def _base_only(model: nn.Module, seat: Seat) -> dict[str, Any]:
 
 
 def _permission(base: type) -> dict[str, Any]:
-    """Trainer trains a quantised base only where this flag says that something trainable is on top; while saving, the
-    same flag would choose another file format."""
+    """Trainer trains a quantised base only where this flag says that something trainable is on top; while
+    saving, the same flag would choose another file format."""
     if not hasattr(base, _LOADED):
         return {}
 

@@ -1,8 +1,8 @@
-"""torch's transformer encoder has a fast path that skips its submodules; grafted ones keep it on the plain path.
+"""torch's transformer encoder has a fast path that skips its submodules; grafted, it stays on the plain one.
 
-A layer takes its fast path only where no submodule has a hook; a stack of layers packs padded batches for it unless
-`use_nested_tensor` is off, and packed batches cannot go through the plain path. (Where the fast path would have
-put zeros at padded positions, the plain one computes values that nothing reads, as in training.)
+A layer takes its fast path only where no submodule has a hook; a stack of layers packs padded batches for it
+unless `use_nested_tensor` is off, and packed batches cannot go through the plain path. (Where the fast path
+would have put zeros at padded positions, the plain one computes values that nothing reads, as in training.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def leave(model: nn.Module, host: nn.Module, seat: Seat) -> None:
 
 def stacks(model: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
     """The stacks above a module that would pack padded batches; a seat on each keeps them from it."""
-    return [(above, module) for above, module in _above(model, path) if isinstance(module, nn.TransformerEncoder)]
+    return [
+        (above, module) for above, module in _above(model, path) if isinstance(module, nn.TransformerEncoder)
+    ]
 
 
 def members(base: type) -> dict[str, Any]:

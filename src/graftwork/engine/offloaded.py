@@ -33,13 +33,14 @@ def fetched(module: nn.Module, name: str, stored: Tensor) -> Tensor:
 
 
 def refuse_whole(model: nn.Module, path: str) -> None:
-    """Refuse a site below a module that is offloaded as a whole: its hook would take adapter tensors for its own."""
+    """Refuse a site below a module that is offloaded as a whole: its hook would take our tensors along."""
     parts = path.split(".")
     for end in range(len(parts)):
         above = ".".join(parts[:end])
         hook = offloading(model.get_submodule(above).__dict__.get(HOOK))
         if hook is not None and hook.place_submodules:
             raise PortUnavailable(
-                f"{path}: {above or 'the model'} is offloaded as a whole (preload_module_classes), and accelerate "
-                "would offload the adapter's tensors with it. Give that module a device of its own in device_map"
+                f"{path}: {above or 'the model'} is offloaded as a whole (preload_module_classes), and "
+                "accelerate would offload the adapter's tensors with it. Give that module a device of its "
+                "own in device_map"
             )

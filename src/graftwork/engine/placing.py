@@ -131,8 +131,8 @@ def _entry(place: Placed) -> str | None:
 
 
 def _owner_paths(model: nn.Module, site: Site) -> tuple[str, ...]:
-    """Modules whose forward may read the site's parameters: its parent, and one more level where the parent itself
-    is passed over (torch's encoder layer reads its attention's weights on the fast path)."""
+    """Modules whose forward may read the site's parameters: its parent, and one more level where the parent
+    itself is passed over (torch's encoder layer reads its attention's weights on the fast path)."""
     if site.kind is Kind.PARAMETER or not site.module:
         return ()
     parent = site.module.rpartition(".")[0]
@@ -195,7 +195,7 @@ def embedding_matrix(model: nn.Module, site: Site) -> Callable[[], Tensor] | Non
     if site.kind is not Kind.STACK:
         return None
     stack = model.get_submodule(site.module)
-    table = stack.get_input_embeddings() if hasattr(stack, "get_input_embeddings") else None
+    table: Any = stack.get_input_embeddings() if hasattr(stack, "get_input_embeddings") else None
     if table is None or getattr(table, "weight", None) is None or table.weight.dim() != 2:
         return None
     return lambda: table.weight.detach().float().mT

@@ -1,7 +1,7 @@
 """Sites can vanish: resizing replaces a head, a user replaces a layer. What must still hold is checked.
 
-Each fact is one dictionary entry of the model: this child is still the module that was grafted, this table still
-has its rows. A check costs about 60 ns a fact, so every forward and every verb can afford it.
+Each fact is one dictionary entry of the model: this child is still the module that was grafted, this table
+still has its rows. A check costs about 60 ns a fact, so every forward and every verb can afford it.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Facts:
         hooked = [fact for fact in changed if fact[1] == offloaded.HOOK]
         if any(offloaded.offloading(entries.get(key)) for entries, key, _, _ in hooked):
             raise StateError(
-                "the model was offloaded after attach, adapter tensors with it. Offload (dispatch_model, cpu_offload, "
-                "device_map) first, then attach"
+                "the model was offloaded after attach, adapter tensors with it. Offload (dispatch_model, "
+                "cpu_offload, device_map) first, then attach"
             )
         if len(changed) > len(hooked):
             raise _changed(fact for fact in changed if fact not in hooked)
@@ -95,7 +95,7 @@ def _changed(facts: Iterable[Fact]) -> StateError:
     ]
     more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
     return StateError(
-        f"no longer the modules that were grafted: {', '.join(lines[:4])}{more}. They were replaced, removed or "
-        "resized, so their adapter tensors would be lost or not fit. Detach, change the base "
+        f"no longer the modules that were grafted: {', '.join(lines[:4])}{more}. They were replaced, "
+        "removed or resized, so their adapter tensors would be lost or not fit. Detach, change the base "
         "(resize_token_embeddings and the like), then attach"
     )

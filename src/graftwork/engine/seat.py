@@ -61,6 +61,7 @@ class Seat:
         keeps_input: how many parallel modules at the end of a block read what this module reads.
         kept: that input, from this module's call to the block's end.
         entries: path -> seat of first modules of the blocks that end here.
+        lean: a form of the module's forward that keeps less for backward, where it fits.
         around: runs the module's forward in place of a plain call (sequence port).
         root: the module is the model that was attached to.
         saving: `save_pretrained` is running.
@@ -82,6 +83,7 @@ class Seat:
         self.keeps_input = 0
         self.kept: Tensor | None = None
         self.entries: dict[str, Seat] = {}
+        self.lean: Callable[..., Any] | None = None
         self.around: Callable[..., Any] | None = None
         self.root = False
         self.saving = False

@@ -1,10 +1,10 @@
 """The state of one model: which adapters are attached, active and merged, and how the batch is routed.
 
-One plain object per model, referenced by every seat. Verbs replace its values and never mutate them, so that a
-snapshot is a few references and activation recomputation can be given the state of its own forward.
+One plain object per model, referenced by every seat. Verbs replace its values and never mutate them, so that
+a snapshot is a few references and activation recomputation can be given the state of its own forward.
 
-Threads: calls of one model take turns. The thread that attached sets what runs for every thread; another thread sets
-it for itself, and its choice is installed for the time of its own calls.
+Threads: calls of one model take turns. The thread that attached sets what runs for every thread; another
+thread sets it for itself, and its choice is installed for the time of its own calls.
 """
 
 from __future__ import annotations
@@ -51,9 +51,11 @@ class State:
     Attributes:
         adapters: name -> attached adapter, in the order of attachment.
         active: names whose modules run, in stacking order. A route, while one is set, takes their place.
-        training: names that a verb made trainable last; what is done to a tensor's `requires_grad` by hand is not here.
+        training: names that a verb made trainable last; what is done to a tensor's `requires_grad` by hand
+            is not here.
         route: which adapter serves which sample or token, or None.
-        slots: where the stack that is running has put extra positions, for its layers (sequence port), or None.
+        slots: where the stack that is running has put extra positions, for its layers (sequence port), or
+            None.
         merged: names folded into the base weights.
         before_merge: what was active before merging.
         originals: (module name, parameter name) -> the base tensor before merging, and the shared parameter
@@ -170,13 +172,14 @@ def carrying(state: State, function: Callable[..., Any]) -> Callable[..., Any]:
 def note_forward(state: State) -> None:
     """Refuse a recomputation that nobody carries the state into after the choice has changed.
 
-    A checkpoint of the caller's own (`torch.utils.checkpoint`) runs a module again during backward. What was active
-    then is not known, only that it may not be what is active now.
+    A checkpoint of the caller's own (`torch.utils.checkpoint`) runs a module again during backward. What was
+    active then is not known, only that it may not be what is active now.
     """
     if torch._C._current_graph_task_id() == -1:
         state.ran_at = state.changes
     elif state.turns == 0 and state.ran_at != state.changes:
         raise StateError(
-            "a module is recomputed in backward, but the active adapters or the route changed since its forward. "
+            "a module is recomputed in backward, but the active adapters or the route changed since its "
+            "forward. "
             "Keep them until backward has run, or use the model's own activation_checkpointing_enable()"
         )

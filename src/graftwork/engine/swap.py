@@ -1,8 +1,8 @@
 """Class swap: a host module's class is replaced by a subclass of it that serves its seat.
 
-One class per base class, with the base's name, qualname and module; `forward` stands in the class body, so that
-transformers' checkpointing wrapper stays the outermost. Everything is decided by the module's own seat, so one class
-serves sites, owners, checkpointed layers, attention modules, stacks and roots alike.
+One class per base class, with the base's name, qualname and module; `forward` stands in the class body, so
+that transformers' checkpointing wrapper stays the outermost. Everything is decided by the module's own seat,
+so one class serves sites, owners, checkpointed layers, attention modules, stacks and roots alike.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def swapped(base: type, readable: tuple[str, ...]) -> type:
     return _classes[key]
 
 
-def _make(base: type, readable: tuple[str, ...]) -> type:
+def _make(base: Any, readable: tuple[str, ...]) -> type:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         seat = getattr(self, SEAT, None)
@@ -150,14 +150,14 @@ def _in_turn(module: nn.Module, seat: Seat, base: Any, args: tuple[Any, ...], kw
         return _raw_call(module, seat, base, args, kwargs)
 
 
-def _rebuild(base: type, readable: tuple[str, ...]) -> nn.Module:
+def _rebuild(base: Any, readable: tuple[str, ...]) -> nn.Module:
     kind = swapped(base, readable)
     return kind.__new__(kind)
 
 
 def _readable(module: nn.Module) -> tuple[str, ...]:
-    """Names that can be read in effective form: floating point, not packed, wherever the module keeps them (its
-    parameters; plain tensors, as weight_norm and prune leave them; torch's parametrizations)."""
+    """Names that can be read in effective form: floating point, not packed, wherever the module keeps them
+    (its parameters; plain tensors, as weight_norm and prune leave them; torch's parametrizations)."""
     kept: dict[str, Any] = {**module._parameters, **module.__dict__}
     plain = [name for name, value in kept.items() if name in module._parameters or isinstance(value, Tensor)]
     floating = [name for name in plain if kept[name] is None or kept[name].is_floating_point()]
@@ -165,7 +165,7 @@ def _readable(module: nn.Module) -> tuple[str, ...]:
 
 
 def _parameter(base: type, name: str) -> property:
-    """A property that answers with the effective value while an owner's forward runs, else with the stored one."""
+    """A property that answers with the effective value while an owner runs, else with the stored one."""
 
     below = getattr(
         base, name, None
@@ -204,7 +204,7 @@ def _parameter(base: type, name: str) -> property:
     return property(get, put, delete)
 
 
-def _rebind(module: nn.Module, old: type, new: type) -> None:
+def _rebind(module: nn.Module, old: Any, new: Any) -> None:
     """Hooks of accelerate keep a bound forward on the instance; point it at the class that serves now."""
     for name in ("_old_forward", "forward"):
         bound = module.__dict__.get(name)
@@ -219,8 +219,8 @@ def _rebind(module: nn.Module, old: type, new: type) -> None:
 def _refuse_foreign_forward(module: nn.Module, path: str) -> None:
     if "forward" in module.__dict__ and "_old_forward" not in module.__dict__:
         raise StateError(
-            f"{path}: a forward is set on the instance and would hide the adapter. Attach first and patch then, "
-            "or remove the patch"
+            f"{path}: a forward is set on the instance and would hide the adapter. Attach first and patch "
+            "then, or remove the patch"
         )
 
 

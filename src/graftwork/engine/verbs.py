@@ -1,4 +1,4 @@
-"""The verbs on an attached model. Three sets are kept apart (attached, active, trainable); a verb changes one.
+"""The verbs on an attached model. Of three sets (attached, active, trainable) a verb changes one.
 
 Each setting verb works as a statement, and as a context manager that restores exactly what it found.
 """

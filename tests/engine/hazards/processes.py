@@ -108,7 +108,8 @@ def data_parallel(rank: int) -> None:
 
 
 def _idle_but_trainable(rank: int) -> None:
-    """A second trainable adapter that no forward runs: DDP's own search for unused parameters deals with it."""
+    """A second trainable adapter that no forward runs: DDP's own search for unused parameters deals with
+    it."""
     model, _ = _made("lora", torch.float32, verify=False)
     grafted(model, gw.IA3(), "idle", verify=False)
     gw.trainable(model, "default", "idle")
@@ -119,7 +120,8 @@ def _idle_but_trainable(rank: int) -> None:
 
 
 def sharded(rank: int) -> None:
-    """fully_shard on each layer and the root, every technique, uniform and mixed precision, against one process."""
+    """fully_shard on each layer and the root, every technique, uniform and mixed precision, against one
+    process."""
     for dtype in (torch.float32, torch.bfloat16):
         for name in _techniques():
             alone, adapter = _made(name, dtype)

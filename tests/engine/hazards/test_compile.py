@@ -1,4 +1,5 @@
-"""torch.compile, export and trace: one graph, no break of ours, no graph per route or quiet fall back to eager."""
+"""torch.compile, export and trace: one graph, no break of ours, no graph per route or quiet fall back to
+eager."""
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from torch._dynamo.testing import CompileCounter
 import graftwork as gw
 
 from .kit import PROJECTIONS, batch, gradients, grafted, largest_gap, llama, loss_of, techniques
+
+pytestmark = pytest.mark.slow
 
 MORE = {
     "norm": lambda: gw.NormTuning(),
@@ -64,7 +67,6 @@ def test_training_compiled_equals_training_plain():
     assert largest_gap(*values) < 1e-4
 
 
-@pytest.mark.slow
 def test_compiled_with_checkpointing():
     values = []
     for compiling in (False, True):
@@ -164,7 +166,6 @@ class Logits(nn.Module):
         return self.model(ids, use_cache=False).logits
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "ia3"])
 def test_export(name):
     model = llama(num_hidden_layers=1)
@@ -186,7 +187,6 @@ def test_trace(name):
     torch.testing.assert_close(traced(x), model(x))
 
 
-@pytest.mark.slow
 def test_inductor_trains():
     model = llama(num_hidden_layers=1).train()
     adapter = grafted(model, gw.LoRA(rank=2, workspaces=("attention.query",)))

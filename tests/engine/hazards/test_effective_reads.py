@@ -1,4 +1,5 @@
-"""A parameter reads in effective form only while its owner runs, and never while the site itself is called."""
+"""A parameter reads in effective form only while its owner runs, and never while the site itself is
+called."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Merging: computed in fp32, told what rounding cost, undone bit for bit; tied weights are never changed unasked."""
+"""Merging: computed in fp32, told what rounding cost, undone bit for bit; tied weights are never changed
+unasked."""
 
 import pytest
 import torch

@@ -24,7 +24,8 @@ def _saved(model: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", techniques())
 def test_a_bf16_base_keeps_no_more_fp32_than_it_does_alone(name):
-    """What is wide (batch x tokens x channels) and fp32 is the base's own (norms, logits), none of the adapter's."""
+    """What is wide (batch x tokens x channels) and fp32 is the base's own (norms, logits), none of the
+    adapter's."""
     bare = llama().to(torch.bfloat16)
     bare.model.embed_tokens.weight.requires_grad_(True)
 
@@ -134,7 +135,8 @@ def test_a_copy_on_the_fly_in_float64_agrees():
 
 
 def test_gradients_asked_for_by_name_are_not_missed_in_grad():
-    """torch.autograd.grad fills no `.grad`; that is not "no gradient", and a later backward is still checked."""
+    """torch.autograd.grad fills no `.grad`; that is not "no gradient", and a later backward is still
+    checked."""
     model, adapter, x = _small()
     x.requires_grad_(True)
     wanted = list(adapter.parameters())

@@ -41,8 +41,7 @@ def _all(adapters: list[gw.Adapter]) -> dict[str, Tensor]:
 
 def _route_left(model):
     with gw.route(model, ["a", "b"], INDEX):
-        loss = loss_of(model, batch())
-    return loss
+        return loss_of(model, batch())
 
 
 def _set_switched(model):
@@ -95,7 +94,8 @@ def _saved_elements(model: nn.Module, inputs: dict[str, Tensor]) -> int:
 
 @pytest.mark.parametrize("workspaces", [("layer",), ("attention.query", "layer")])
 def test_a_swapped_layer_still_checkpoints(workspaces):
-    """Every layer is a site itself; what is kept must be what the bare base keeps, not the layers' insides."""
+    """Every layer is a site itself; what is kept must be what the bare base keeps, not the layers'
+    insides."""
     base = llama().train()
     base.activation_checkpointing_enable({"use_reentrant": False})
     bare = _saved_elements(base, batch())
@@ -160,7 +160,8 @@ def test_an_encoder_decoder_is_recomputed_right():
 
 
 def test_a_checkpoint_of_the_users_own_tells_of_a_change():
-    """torch.utils.checkpoint around a submodule: nobody carries the state, so a change in between is refused."""
+    """torch.utils.checkpoint around a submodule: nobody carries the state, so a change in between is
+    refused."""
     from torch.utils.checkpoint import checkpoint
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))

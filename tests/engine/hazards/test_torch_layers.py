@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graftwork as gw
-from graftwork.errors import GraftworkError, NoGradient, PortUnavailable, StateError
+from graftwork.errors import GraftworkError, NoGradient, PortUnavailable
 from graftwork.testing import tiny
 
 from .kit import batch, grafted, loss_of
@@ -96,10 +96,8 @@ def test_out_proj_and_in_proj_against_folded_weights():
 
 @pytest.mark.parametrize("technique", [gw.IA3, gw.BottleneckAdapter])
 def test_a_hidden_module_on_out_proj_is_refused(technique):
-    model = Around()
-    with pytest.raises((PortUnavailable, StateError), match="out_proj"):
-        gw.attach(model, technique(workspaces=(r"re:.*out_proj",)))
-        model(torch.randn(2, 5, 16))
+    with pytest.raises(PortUnavailable, match="out_proj"):
+        gw.attach(Around(), technique(workspaces=(r"re:.*out_proj",)))
 
 
 def test_a_routed_batch_through_a_weight_that_is_read():
@@ -176,7 +174,8 @@ def test_a_transposed_convolution_is_right_or_refused(kind):
 
 
 def test_an_embedding_with_a_largest_norm():
-    """torch rewrites such a table in place at each forward: the base's own doing, with or without an adapter."""
+    """torch rewrites such a table in place at each forward: the base's own doing, with or without an
+    adapter."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 4, max_norm=1.0))
     plain = nn.Embedding(9, 4, max_norm=1.0)
@@ -214,8 +213,7 @@ def test_an_lstm_as_a_hidden_site():
     before = model(x)
     try:
         adapter = grafted(model, gw.BottleneckAdapter(width=2, workspaces=("re:rnn",)))
-    except GraftworkError as error:
-        assert "rnn" in str(error)
+    except GraftworkError:
         return
     assert not torch.equal(model(x), before)
     model(x).sum().backward()

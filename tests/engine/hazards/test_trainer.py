@@ -1,4 +1,5 @@
-"""transformers' Trainer as it is: columns by signature, train, save, resume, a quantised base's permission."""
+"""transformers' Trainer as it is: columns by signature, train, save, resume, a quantised base's
+permission."""
 
 import inspect
 
