@@ -1,4 +1,4 @@
-"""What graftwork puts on a host module: a `Seat` in its `__dict__` and, where tensors live, a `Grafts` child."""
+"""What graftwork puts on a host module: a `Seat` in its `__dict__`, and a `Grafts` child for tensors."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def _in_turn(module: nn.Module, seat: Seat, base: Any, args: tuple[Any, ...], kw
 
 
 def _rebuild(base: Any, readable: tuple[str, ...]) -> nn.Module:
-    kind = swapped(base, readable)
+    kind: Any = swapped(base, readable)
     return kind.__new__(kind)
 
 
