@@ -222,6 +222,29 @@ def test_dropout_is_the_definition_with_that_mask():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dropout_zeroes_and_leaves_every_bit_else(dtype):
+    x = torch.randn(7, 5, 3, dtype=dtype).transpose(0, 1)
+    x[0, 0, :3] = torch.tensor([-0.0, torch.inf, torch.nan])
+    for dropped in range(1, 256):
+        got = Drop(dropped, dropped).apply(x)
+        chosen = Drop(dropped, dropped).apply(x.clone().requires_grad_())  # the way that autograd can follow
+        torch.testing.assert_close(got, chosen, rtol=0, atol=0, equal_nan=True)
+        rate = (Drop(dropped, dropped).apply(torch.ones(4096)) == 0).float().mean()
+        assert abs(rate - dropped / 256) < 5 * 0.5 / 64
+
+
+def test_second_gradients_through_dropout():
+    inputs = leaf(4, IN), leaf(OUT, IN), leaf(RANK, IN), leaf(OUT, RANK)
+
+    def run(x, weight, down, up):
+        torch.manual_seed(11)
+        return low_rank_linear(x, weight, None, down, up, 0.7, dropout=0.4)
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+
+
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, 0.999])
 def test_impossible_dropout(dropout):
     with pytest.raises(BadOption, match="dropout"):

@@ -51,7 +51,7 @@ class Drop:
         return kept.to(bits).bitwise_and_(x.view(bits)).view(x.dtype)
 
     def _kept(self, count: int, device: torch.device) -> Tensor:
-        """-1 (all bits set) for elements that stay, 0 for others: the sign of byte - limit, without overflow."""
+        """-1 (all bits set) where an element stays, else 0: the sign of byte - limit, without overflow."""
         random = _hash(self.seed, (count + 7) // 8, device).view(torch.int8)[:count]
         limit = _LEVELS // 2 - self.dropped  # signed bytes below it stay
         random.clamp_(max(-128, limit - 128), min(127, limit + 127))
