@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import recipe_values
 from safetensors.torch import load_file
+from tiny_runs import recipe_values
 
 from graftwork.testing import tiny
 from graftwork.training.evaluate import evaluate

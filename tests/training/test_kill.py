@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import recipe_values
+from tiny_runs import recipe_values
 
 from graftwork.training import checkpoints
 from graftwork.training.journal import Journal

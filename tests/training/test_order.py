@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import recipe_values
+from tiny_runs import recipe_values
 
 from graftwork.errors import BadRecipe
 from graftwork.tasks.base import Encoded
@@ -13,7 +13,8 @@ from graftwork.training.order import ByLength, lengths
 from graftwork.training.recipe import Recipe
 from graftwork.training.run import tune
 
-LENGTHS = [random.Random(3).randrange(3, 60) for _ in range(4107)]
+DRAW = random.Random(3)
+LENGTHS = [DRAW.randrange(3, 60) for _ in range(4107)]
 
 
 def padded(order: list[int], size: int) -> int:
@@ -26,7 +27,8 @@ def test_every_sample_once_in_a_new_order_each_epoch() -> None:
     first = list(sampler)
     sampler.set_epoch(1)
     second = list(sampler)
-    assert sorted(first) == sorted(second) == list(range(len(LENGTHS))) and first != second
+    assert sorted(first) == sorted(second) == list(range(len(LENGTHS)))
+    assert first != second
     again = ByLength(LENGTHS, 32, seed=1)
     again.set_epoch(1)
     assert list(again) == second
@@ -69,4 +71,5 @@ def test_an_interrupted_run_goes_on_in_the_same_order(stage: Path, tmp_path: Pat
     from safetensors.torch import load_file
 
     one, two = (load_file(tmp_path / n / "adapter" / "default.safetensors") for n in ("whole", "cut"))
-    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[k], two[k]) for k in one)

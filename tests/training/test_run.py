@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import recipe_values, save_host, save_rows
+from tiny_runs import recipe_values, save_host, save_rows
 
 import graftwork.adapters.store as store
 from graftwork.engine.verbs import adapters
