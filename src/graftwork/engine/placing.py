@@ -195,7 +195,7 @@ def embedding_matrix(model: nn.Module, site: Site) -> Callable[[], Tensor] | Non
     """Access to the embedding table in front of a stack as (channels, vocabulary), None without one."""
     if site.kind is not Kind.STACK:
         return None
-    stack = model.get_submodule(site.module)
+    stack: Any = model.get_submodule(site.module)
     table: Any = stack.get_input_embeddings() if hasattr(stack, "get_input_embeddings") else None
     if table is None or getattr(table, "weight", None) is None or table.weight.dim() != 2:
         return None
