@@ -39,6 +39,7 @@ def training_arguments(training: Training, task: Task, folder: Path, processes: 
         bf16=training.precision == "bf16",
         fp16=training.precision == "fp16",
         seed=training.seed,
+        train_sampling_strategy="group_by_length" if training.order == "length" else "random",
         logging_steps=training.log_every,
         logging_nan_inf_filter=False,
         metric_for_best_model=None if training.evaluate_every == "never" else task.best_metric,

@@ -142,6 +142,7 @@ class Training(Section):
         evaluate_every, save_every: "epoch", a number of steps, or "never".
         patience: evaluations without improvement after which the run stops.
         keep: which state becomes the adapter, that of the best evaluation or the last.
+        order: of the samples, "random", or "length": random batches of like length, which pad less.
         sharding: "fsdp2" shards the model over the processes; "none" copies it to each (DDP).
     """
 
@@ -162,6 +163,7 @@ class Training(Section):
     save_every: Interval = "epoch"
     patience: Annotated[int, Field(ge=1)] | None = None
     keep: Literal["best", "last"] = "best"
+    order: Literal["random", "length"] = "random"
     sharding: Literal["none", "fsdp2"] = "none"
 
     @model_validator(mode="after")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.distributed import all_gather_object, barrier
+from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback
 
-from graftwork.tasks.base import IGNORED, Task
+from graftwork.tasks.base import IGNORED, Encoded, Task
 from graftwork.training import checkpoints, states
 from graftwork.training.groups import Group
+from graftwork.training.order import ByLength, lengths
 
 Batch = dict[str, Any]
 
@@ -28,6 +30,7 @@ class Trainer(transformers.Trainer):
       processes alike, so that neither changes the gradient.
     - The state of the best evaluation is always checkpointed; training stops after `patience` evaluations
       without a better one.
+    - Batches of like length come in an order that an interrupted run goes on in.
     - Running statistics of the frozen base (batch norm) stay as they are.
     """
 
@@ -93,6 +96,14 @@ class Trainer(transformers.Trainer):
                 **options,
             )
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        slices = self.args.gradient_accumulation_steps * self.args.world_size
+        return ByLength(
+            lengths(cast(Encoded, self.train_dataset)), self.args.train_batch_size * slices, self.args.seed
+        )
 
     # Evaluation
 
