@@ -68,7 +68,7 @@ def test_training_compiled_equals_training_plain():
 
 
 def test_compiled_with_checkpointing():
-    """One graph, once transformers' own hook on the embeddings, which breaks graphs on a frozen base, is off."""
+    """One graph, without transformers' hook on the embeddings, which breaks graphs on a frozen base."""
     values = []
     for compiling in (False, True):
         model = llama(num_hidden_layers=1).train()
