@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graftwork.anatomy.resolve import anatomy_of as anatomy
     from graftwork.engine.adapter import Adapter
     from graftwork.engine.attach import attach, detach
+    from graftwork.engine.lean_host import lean
     from graftwork.engine.merging import merge, unmerge
     from graftwork.engine.verbs import active, adapters, route, trainable
     from graftwork.reference.card import Card
@@ -46,6 +47,7 @@ _HOMES = {
     "convert": "graftwork.adapters.convert",
     "cost": "graftwork.analysis.cost",
     "describe": "graftwork.reference.typology",
+    "lean": "graftwork.engine.lean_host",
     "load": "graftwork.adapters.store",
     "merge": "graftwork.engine.merging",
     "register": "graftwork.reference.catalogue",

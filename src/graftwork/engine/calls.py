@@ -7,11 +7,14 @@ output. Nothing of ours running means a plain call of the base's forward.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from graftwork.engine import checks, hidden, split, weight
+from graftwork.engine.lean import Unfit
 from graftwork.engine.seat import Seat
 from graftwork.errors import RouteError, StateError
 from graftwork.reference.properties import Port
@@ -37,6 +40,8 @@ def own(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs
     """The module's forward with its children's parameters readable in effective form."""
     if (seat.readers or seat.occasional) and split.needed(seat, args, kwargs):
         return split.by_adapter(module, seat, base, own, args, kwargs)
+    if seat.lean is not None and (out := _lean(module, seat, base, args, kwargs)) is not NotImplemented:
+        return out
     seat.depth += 1
     try:
         if not seat.ports and not seat.keeps_input:
@@ -44,6 +49,17 @@ def own(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs
         return _site(module, seat, base, args, kwargs)
     finally:
         seat.depth -= 1
+
+
+def _lean(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The lean form of a call, NotImplemented where the host's own forward must run."""
+    assert seat.lean is not None
+    try:
+        return seat.lean(module, seat, base, args, kwargs)
+    except Unfit as reason:
+        if str(reason) and not torch.compiler.is_compiling():
+            warnings.warn(f"lean host: {seat.path or 'the loss'} runs as usual: {reason}", stacklevel=2)
+        return NotImplemented
 
 
 def _site(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -24,6 +24,10 @@ from graftwork.engine.lowrank import any_tracked, low_rank_linear, outside_autoc
 from graftwork.errors import UnknownName, nearest
 
 
+class Unfit(Exception):
+    """A call that does not fit a lean form: the host's own forward runs instead, and the text, if any, is told."""
+
+
 @dataclass(frozen=True)
 class Projection:
     """A frozen linear layer, perhaps with a low-rank delta: x Wᵀ + b + scale (x Aᵀ) Bᵀ.
@@ -80,7 +84,7 @@ class _Activation:
 
 
 _aten = torch.ops.aten
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": _Activation(functional.silu, _aten.silu_backward),
     "gelu": _Activation(functional.gelu, _aten.gelu_backward),
     "gelu_tanh": _Activation(
@@ -104,9 +108,9 @@ def gated_feedforward(
 
     A host weight that requires a gradient gets it, at the cost of what plain autograd keeps.
     """
-    if activation not in _ACTIVATIONS:
-        raise UnknownName(f"activation {activation!r}. {nearest(activation, _ACTIVATIONS)}")
-    act = _ACTIVATIONS[activation]
+    if activation not in ACTIVATIONS:
+        raise UnknownName(f"activation {activation!r}. {nearest(activation, ACTIVATIONS)}")
+    act = ACTIVATIONS[activation]
     projections = gate, up, down
     host = [tensor for each in projections for tensor in each.host]
     factors = [tensor for each in projections for tensor in each.factors]

@@ -43,7 +43,7 @@ def run(
     operation = operation_of(base)
     if seat.state.route is not None:
         args, kwargs = split.spread(seat.state.route, args, kwargs)
-        if operation.thin(module, base) and all(_is_thin(graft) for graft in flat(running)):
+        if operation.thin(module, base) and all(is_thin(graft) for graft in flat(running)):
             return _thin(operation, module, seat, base, running, args, kwargs)
         return split.by_adapter_here(module, seat, base, dense_or_thin, running, args, kwargs)
     return dense_or_thin(module, seat, base, running, args, kwargs)
@@ -57,7 +57,7 @@ def dense_or_thin(
     grafts = flat(running)
     first_thin = len(grafts)
     if operation.thin(module, base):
-        while first_thin and _is_thin(grafts[first_thin - 1]):
+        while first_thin and is_thin(grafts[first_thin - 1]):
             first_thin -= 1
     if first_thin == 0:
         return _thin(operation, module, seat, base, running, args, kwargs)
@@ -167,5 +167,6 @@ def changes_bias(graft: Graft) -> bool:
     return type(graft.module).effective_bias is not WeightModule.effective_bias
 
 
-def _is_thin(graft: Graft) -> bool:
+def is_thin(graft: Graft) -> bool:
+    """Whether the module can be run by its factors."""
     return isinstance(graft.module, LowRankModule) and not graft.site.batch and not changes_bias(graft)
