@@ -135,6 +135,7 @@ class Training(Section):
         batch_size: samples per optimiser step, over all processes and accumulation slices.
         accumulation: slices that a process cuts its share of a batch into.
         checkpointing: recompute activations in the backward pass.
+        lean: the frozen host keeps less for backward (gated feed-forwards, RMS norms, loss over a vocabulary).
         warmup: share of all steps in which the learning rate rises from zero.
         weight_decay: applies to matrices, never to vectors.
         clip: bound of the gradient's norm; 0 does not clip.
@@ -143,6 +144,7 @@ class Training(Section):
         patience: evaluations without improvement after which the run stops.
         keep: which state becomes the adapter, that of the best evaluation or the last.
         order: of the samples, "random", or "length": random batches of like length, which pad less.
+        lean_host: keep less of the frozen host for backward: gated feed-forwards, RMS norms, vocabulary loss.
         sharding: "fsdp2" shards the model over the processes; "none" copies it to each (DDP).
     """
 
@@ -151,6 +153,7 @@ class Training(Section):
     batch_size: Annotated[int, Field(ge=1)] = 32
     accumulation: Annotated[int, Field(ge=1)] = 1
     checkpointing: bool = False
+    lean: bool = False
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Share = 0.06
@@ -164,6 +167,7 @@ class Training(Section):
     patience: Annotated[int, Field(ge=1)] | None = None
     keep: Literal["best", "last"] = "best"
     order: Literal["random", "length"] = "random"
+    lean_host: bool = False
     sharding: Literal["none", "fsdp2"] = "none"
 
     @model_validator(mode="after")

@@ -18,6 +18,8 @@ from graftwork.adapters.store import save
 from graftwork.analysis.cost import cost
 from graftwork.engine.adapter import Adapter
 from graftwork.engine.attach import attach
+from graftwork.engine.lean_host import lean
+from graftwork.errors import PortUnavailable
 from graftwork.reference.technique import Technique
 from graftwork.training import checkpoints
 from graftwork.training.arguments import training_arguments
@@ -58,6 +60,10 @@ def tune(
     techniques = with_fresh(materials.model, recipe.techniques())
     flops = step_flops(materials, techniques, recipe.training.batch_size)
     adapter = attach(materials.model, techniques, name=NAME)
+    if recipe.training.lean:
+        lean(materials.model)
+    if recipe.training.lean_host:
+        make_lean(materials.model)
     return _Run(recipe, folder, materials, adapter, flops, watch).go(checkpoint)
 
 
@@ -169,6 +175,17 @@ class _Run:
         self.folder.write(self.folder.card, card(result))
         self.folder.write(self.folder.result, result.text())
         checkpoints.remove(checkpoints.whole(self.folder.path))
+
+
+def make_lean(model: nn.Module) -> None:
+    """Let the host keep less; raises PortUnavailable where it has nothing to leave out."""
+    report = lean(model)
+    if not any(report.taken.values()):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(report.left.items())[:3])
+        raise PortUnavailable(
+            f"training.lean_host: {type(model).__name__} has no gated feed-forward, RMS norm or vocabulary loss "
+            f"that could keep less{f' ({reasons})' if reasons else ''}; leave it out"
+        )
 
 
 def step_flops(materials: Materials, techniques: Sequence[Technique], size: int) -> int:
