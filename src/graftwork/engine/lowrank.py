@@ -178,8 +178,7 @@ def _product(
     if weight is None:
         return (inner.mul_(gain) @ outer).view(*x.shape[:-1], -1)
     y = functional.linear(x, weight, bias)
-    rows = y.view(*inner.shape[:-1], -1)
-    (rows.addmm_ if rows.dim() == 2 else rows.baddbmm_)(inner, outer, alpha=gain)
+    _accumulate(y.view(*inner.shape[:-1], -1), inner, outer, gain)
     return y
 
 
@@ -226,21 +225,31 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dweight = (flat.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
     if to_bias:
         dbias = flat.sum(0).to(ctx.bias_dtype)
-    factors = _factor_gradients(ctx, (x, down, up, mask), rows, unmasked, inner, gain)
+    narrow = down.to(dy.dtype)
+    factors = _factor_gradients(ctx, (x, down, narrow, up, mask), rows, unmasked, inner, gain)
     if to_x:
-        dx = inner @ down.to(dy.dtype)
-        dx = (dx if ctx.drop is None else ctx.drop.apply(dx)).view(-1, down.shape[-1])
-        if weight is not None:
-            dx.addmm_(flat, weight.to(dy.dtype))
-        dx = dx.view(*ctx.lead, -1).to(ctx.x_dtype)
+        base = None if weight is None else flat @ weight.to(dy.dtype)
+        dx = _input_gradient(base, inner, narrow, ctx.drop).view(*ctx.lead, -1).to(ctx.x_dtype)
     return dx, dweight, dbias, *factors
+
+
+def _input_gradient(base: Tensor | None, inner: Tensor, down: Tensor, drop: Drop | None) -> Tensor:
+    """The gradient through the delta, added to that through the host."""
+    if base is None or drop is not None:
+        thin = inner @ down if drop is None else drop.apply(inner @ down)
+        return thin if base is None else base.add_(thin.view(base.shape))
+    return _accumulate(base.view(*inner.shape[:-1], -1), inner, down, 1.0)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
+    return (total.addmm_ if total.dim() == 2 else total.baddbmm_)(left, right, alpha=factor)
 
 
 def _factor_gradients(
     ctx: Any, saved: tuple[Tensor, ...], dy: Tensor, unmasked: Tensor, dinner: Tensor, gain: float
 ) -> tuple[Tensor | None, ...]:
     """Gradients of down, up and mask; `unmasked` and `dinner` hold the gain, x Aᵀ is made anew."""
-    x, down, up, mask = saved  # unpacked once: recomputation refuses a second time
+    x, down, narrow, up, mask = saved  # unpacked once: recomputation refuses a second time
     to_down, to_up, to_mask = ctx.needs_input_grad[3:6]
     if x is None or not (to_down or to_up or to_mask):
         return None, None, None
@@ -248,8 +257,8 @@ def _factor_gradients(
     ddown = (dinner.mT @ dropped).to(down.dtype) if to_down else None
     if not (to_up or to_mask):
         return ddown, None, None
-    inner = dropped @ down.to(dy.dtype).mT
-    dup = (dy.mT @ _masked(inner, mask, ctx.lead)).to(up.dtype) * gain if to_up else None
+    inner = dropped @ narrow.mT
+    dup = (dy.mT @ _masked(inner, mask, ctx.lead)).to(up.dtype).mul_(gain) if to_up else None
     if not to_mask:
         return ddown, dup, None
     dmask = (unmasked * inner).view(*ctx.lead, -1).sum_to_size(mask.shape).to(mask.dtype)
