@@ -5,7 +5,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftwork.models.spans import corrupt
+from graftwork.models.spans import continued, corrupt
 
 SENTINELS = list(range(1000, 1032))
 
@@ -37,3 +37,14 @@ def test_shares_are_those_of_the_paper():
     assert len(target) - spans == round(0.15 * 512)
     assert spans == round(0.15 * 512 / 3)
     assert len(source) == 512 - round(0.15 * 512) + spans
+
+
+@settings(max_examples=40, deadline=None)
+@given(length=st.integers(2, 300), seed=st.integers(0, 100))
+def test_continuations_join_to_the_text(length, seed):
+    tokens = list(range(length))
+    source, target = continued(tokens, SENTINELS, random.Random(seed))
+    assert source[-1] == target[0] == SENTINELS[0]
+    assert source[:-1] + target[1:] == tokens
+    assert len(source) > 1
+    assert len(target) > 1

@@ -40,6 +40,7 @@ class Host:
         objective: next token, span corruption, or image classes.
         model_class: the transformers Auto class that is pretrained.
         steps, batch, rate: optimiser steps, examples per step, highest learning rate.
+        embedding_rate: factor on the rate for embeddings (T5's start far larger than its other weights).
         length: tokens per example, or pixels per side of an image.
     """
 
@@ -50,6 +51,7 @@ class Host:
     batch: int
     length: int
     rate: float
+    embedding_rate: float = 1.0
 
     def recipe(self) -> dict[str, Any]:
         """Everything that decides the weights, as plain values."""
@@ -138,7 +140,7 @@ def _resnet() -> PretrainedConfig:
 
 def _text(config: Callable[[], PretrainedConfig], objective: Objective, steps: int, **other: Any) -> Host:
     model_class = "AutoModelForSeq2SeqLM" if objective == "spans" else "AutoModelForCausalLM"
-    sizes = {"batch": 8, "length": 128, "rate": 3e-3} | other
+    sizes = {"batch": 8, "length": 128, "rate": 6e-3} | other
     return Host(config=config, objective=objective, model_class=model_class, steps=steps, **sizes)
 
 
@@ -155,10 +157,10 @@ def _image(config: Callable[[], PretrainedConfig], side: int, steps: int, rate: 
 
 
 HOSTS: dict[str, Host] = {
-    "tiny-llama": _text(_llama, "causal", 800),
-    "tiny-gpt2": _text(_gpt2, "causal", 800),
-    "tiny-t5": _text(_t5, "spans", 800),
-    "tiny-mamba": _text(_mamba, "causal", 400, length=64),
+    "tiny-llama": _text(_llama, "causal", 400),
+    "tiny-gpt2": _text(_gpt2, "causal", 400),
+    "tiny-t5": _text(_t5, "spans", 600, rate=5e-3, embedding_rate=10.0),
+    "tiny-mamba": _text(_mamba, "causal", 300, length=64),
     "tiny-vit": _image(_vit, 16, 200, 1e-3),
     "tiny-resnet": _image(_resnet, 32, 200, 2e-3),
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graftwork.data import embedded
 from graftwork.models.hosts import EOS, SENTINELS, Host
-from graftwork.models.spans import corrupt
+from graftwork.models.spans import continued, corrupt
 from graftwork.models.vocabulary import train_tokenizer
 from graftwork.tasks.base import IGNORED, Batch
 from graftwork.tasks.padding import pad
@@ -77,7 +77,8 @@ class TextLessons:
         if self._host.objective == "causal":
             tokens = torch.tensor(windows)
             return {"input_ids": tokens, "labels": tokens}
-        pairs = [corrupt(window, self._sentinels, rng) for window in windows]
+        kinds = (corrupt, continued)  # alternating: one gives understanding, the other many labels
+        pairs = [kinds[n % 2](window, self._sentinels, rng) for n, window in enumerate(windows)]
         sources = pad([[*source, EOS] for source, _ in pairs], -1)
         labels = pad([[*target, EOS] for _, target in pairs], IGNORED)
         seen = sources >= 0

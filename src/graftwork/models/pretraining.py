@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,15 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.pytorch_utils import Conv1D
 
 from graftwork.errors import BadOption, StateError, UnknownName, nearest
-from graftwork.models.hosts import HOSTS, Host
+from graftwork.models.hosts import HOSTS, VOCABULARY, Host
 from graftwork.models.lessons import Lessons, lessons
-from graftwork.tasks.base import IGNORED, Batch
+from graftwork.tasks.base import IGNORED
 
-RECIPE = 1  # raise when the procedure below, or the embedded data, changes what is learnt
+RECIPE = 2  # raise when the procedure below, or the embedded data, changes what is learnt
 _LIBRARIES = ("torch", "transformers", "tokenizers", "scikit-learn")
 _WARMUP = 0.1
 _CLIP = 1.0
@@ -118,7 +121,7 @@ def evaluate(model: Any, material: Lessons) -> dict[str, float]:
         answer = model(**batch)
         shifted = labels.dim() == 2 and not model.config.is_encoder_decoder
         logits, wanted = (answer.logits[:, :-1], labels[:, 1:]) if shifted else (answer.logits, labels)
-        counted = wanted != IGNORED
+        counted = (wanted != IGNORED) & (wanted < VOCABULARY)  # span markers are no text
         loss += nn.functional.cross_entropy(logits[counted], wanted[counted], reduction="sum").item()
         right += (logits.argmax(-1) == wanted)[counted].sum().item()
         total += counted.sum().item()
@@ -126,28 +129,43 @@ def evaluate(model: Any, material: Lessons) -> dict[str, float]:
 
 
 def _train(model: nn.Module, material: Lessons, host: Host, steps: int, seed: int, title: str | None) -> None:
-    """AdamW, linear warm-up, cosine decay to zero, clipped gradients."""
+    """Linear warm-up, cosine decay to zero, clipped gradients."""
     model.train()
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=host.rate,
-        betas=(0.9, 0.95),
-    )
+    optimisers = _optimisers(model, host)
+    schedules = [LambdaLR(one, partial(_factor, steps=steps)) for one in optimisers]
     rng = random.Random(seed)
-    for step in _steps(steps, title):
-        for group in optimiser.param_groups:
-            group["lr"] = host.rate * _factor(step, steps)
-        _loss(model, material.batch(rng)).backward()
+    for _ in _steps(steps, title):
+        model(**material.batch(rng)).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
-        optimiser.step()
-        optimiser.zero_grad()
+        for one in optimisers:
+            one.step()
+        for schedule in schedules:
+            schedule.step()
+        model.zero_grad()
 
 
-def _loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    loss: torch.Tensor = model(**batch).loss
-    return loss
+def _optimisers(model: nn.Module, host: Host) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of text hosts, AdamW for the rest.
+
+    With a few hundred steps, orthogonalised updates (Jordan et al. 2024) learn about twice as much per step.
+    """
+    embeddings = list(
+        {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}.values()
+    )
+    apart = {id(weight) for weight in embeddings}
+    matrices = [
+        m.weight
+        for m in model.modules()
+        if isinstance(m, nn.Linear | Conv1D) and id(m.weight) not in apart and host.objective != "images"
+    ]
+    apart |= {id(weight) for weight in matrices}
+    rest = [p for p in model.parameters() if id(p) not in apart]
+    adam = torch.optim.AdamW(rest, lr=host.rate, betas=(0.9, 0.95))
+    if embeddings:
+        adam.add_param_group({"params": embeddings, "lr": host.rate * host.embedding_rate})
+    if not matrices:
+        return [adam]
+    return [adam, torch.optim.Muon(matrices, lr=host.rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
 
 
 def _factor(step: int, steps: int) -> float:

@@ -1,4 +1,6 @@
-"""Span corruption, the objective of T5 (Raffel et al. 2020, arXiv:1910.10683, section 3.1.4).
+"""Span corruption, the objective of T5 (Raffel et al. 2020, arXiv:1910.10683, section 3.1.4), and its
+extreme, where one span reaches to the end: the sequential denoiser of UL2 (Tay et al. 2022,
+arXiv:2205.05131).
 
 Random spans of the input are each replaced by one sentinel; the target names each sentinel and what it hides:
 
@@ -36,6 +38,15 @@ def corrupt(
         target += [sentinel, *tokens[middle:end]]
         start = end
     return source, target
+
+
+def continued(
+    tokens: Sequence[int], sentinels: Sequence[int], rng: random.Random
+) -> tuple[list[int], list[int]]:
+    """(input, target) where the target is the rest of the text; a quarter to three quarters of it are
+    given."""
+    given = rng.randint(max(1, len(tokens) // 4), max(1, 3 * len(tokens) // 4))
+    return [*tokens[:given], sentinels[0]], [sentinels[0], *tokens[given:]]
 
 
 def _cut(total: int, parts: int, rng: random.Random) -> list[int]:
