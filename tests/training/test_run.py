@@ -9,7 +9,7 @@ from tiny_runs import recipe_values, save_host, save_rows
 
 import graftwork.adapters.store as store
 from graftwork.engine.verbs import adapters
-from graftwork.errors import BadData, BadOption, BadRecipe, StateError
+from graftwork.errors import BadData, BadOption, BadRecipe, PortUnavailable, StateError
 from graftwork.models.base import load_base
 from graftwork.training.evaluate import evaluate
 from graftwork.training.folder import RunFolder
@@ -209,3 +209,20 @@ def test_what_the_base_lacks_is_trained_and_saved(tmp_path: Path) -> None:
     assert result.techniques[2] == "FineTuning(workspaces=['head'])"
     torch.manual_seed(123)
     assert evaluate(tmp_path / "run") == pytest.approx(result.scores["validation"], abs=1e-6)
+
+
+def test_a_lean_host_changes_no_loss_and_is_refused_where_it_does_nothing(tmp_path: Path) -> None:
+    save_host("llama", tmp_path / "host")
+    save_rows(tmp_path / "train.jsonl", 24, 0)
+    save_rows(tmp_path / "dev.jsonl", 8, 1)
+    found = []
+    for lean in (False, True):
+        output = tmp_path / f"lean-{lean}"
+        values = recipe_values(tmp_path, output, steps=3, log_every=1, evaluate_every=3, lean=lean)
+        data = {**values["data"], "columns": {"text": "text"}}  # type: ignore[dict-item]
+        tune(Recipe.of({**values, "task": "causal-lm", "technique": "lora", "data": data}))
+        found.append([r["loss"] for r in Journal(output / "metrics.jsonl").records() if "loss" in r])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    save_host("bert-base", tmp_path / "host")
+    with pytest.raises(PortUnavailable, match="keep less"):
+        run(tmp_path, tmp_path / "bert", lean=True)

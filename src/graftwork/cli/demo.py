@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from graftwork.training.recipe import Recipe
 
-HEAD_RATE = 0.05  # MiniLM's pooled features are small, so its head learns faster than the rest
+HEAD_RATE = 0.06  # MiniLM's pooled features are small, so its head learns faster than the rest
 BODY = ["embedding", "embedding.*", "norm", "norm.final", "attention.*", "feedforward.*", "pooler"]
 WAYS: dict[str, tuple[list[dict[str, Any]], float]] = {
     "linear probe": ([], HEAD_RATE),
@@ -24,19 +24,20 @@ TITLE = "MiniLM on the subjects of Python's standard library"
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where runs and report go.")] = Path("runs/demo"),
-    rows: Annotated[int, typer.Option(min=64, help="Training rows.")] = 1600,
-    steps: Annotated[int, typer.Option(min=4, help="Optimiser steps of each way.")] = 100,
+    rows: Annotated[int, typer.Option(min=64, help="Training rows.")] = 1920,
+    steps: Annotated[int, typer.Option(min=4, help="Optimiser steps of each way.")] = 120,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Tune MiniLM by LoRA, (IA)3 and a Pfeiffer adapter, beside linear probe and full fine-tuning."""
     import time
 
-    from graftwork.cli.comparison import Comparison
     from graftwork.cli.quiet import quiet
+
+    quiet()
+    from graftwork.cli.comparison import Comparison
     from graftwork.training.report import write_report
     from graftwork.training.run import tune
 
-    quiet()
     start = time.perf_counter()
     with Comparison(list(WAYS)) as table:
         for name in WAYS:
@@ -51,13 +52,13 @@ def recipe(name: str, out: Path, rows: int, steps: int, seed: int) -> Recipe:
     from graftwork.training.recipe import Recipe
 
     techniques, rate = WAYS[name]
-    head = {"name": "fine-tuning", "workspaces": ["head"], "rate": HEAD_RATE / rate}
+    head = {"name": "fine-tuning", "workspaces": ["head"], "rate": round(HEAD_RATE / rate, 6)}
     return Recipe.of(
         {
             "model": "minilm",
             "technique": [*techniques, head],
             "task": {"name": "text-classification", "max_length": 32},
-            "data": {"train": "docstrings:subjects", "limit": rows, "evaluation_limit": max(rows // 4, 32)},
+            "data": {"train": "docstrings:subjects", "limit": rows, "evaluation_limit": max(rows // 6, 32)},
             "training": {
                 "steps": steps,
                 "batch_size": 16,
@@ -65,6 +66,7 @@ def recipe(name: str, out: Path, rows: int, steps: int, seed: int) -> Recipe:
                 "evaluate_every": max(steps // 4, 1),
                 "log_every": max(steps // 20, 1),
                 "save_every": "never",
+                "order": "length",
                 "seed": seed,
             },
             "output": str(out / name.lower().replace(" ", "-").replace("(", "").replace(")", "")),

@@ -22,10 +22,11 @@ def evaluate(
     """Score an adapter on its own data or on other."""
     columns = pairs(column) if column else None
     from graftwork.cli.quiet import quiet
+
+    quiet()
     from graftwork.cli.results import print_scores
     from graftwork.training.evaluate import evaluate as score
 
-    quiet()
     scores = score(
         source,
         data,

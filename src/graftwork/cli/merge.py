@@ -18,14 +18,15 @@ def merge(
     task: Annotated[str | None, typer.Option(help="Task, for an adapter file.")] = None,
 ) -> None:
     """Fold an adapter into its base and write a model that any tool reads; it is read back and compared."""
+    from graftwork.cli.quiet import quiet
+
+    quiet()
     from graftwork.errors import StateError
 
     if out.exists() and any(out.iterdir()):
         raise StateError(f"{out} exists and is not empty; choose a new folder")
-    from graftwork.cli.quiet import quiet
     from graftwork.training.subject import open_subject
 
-    quiet()
     subject = open_subject(adapter, model=model, task=task)
     host, preprocessor = subject.load()
     from graftwork.engine.merging import merge as fold

@@ -11,4 +11,5 @@ def quiet() -> None:
 
     theirs.set_verbosity_error()
     theirs.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells on import which kernels it lacks
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -21,15 +21,16 @@ def tune(
     ] = False,
 ) -> None:
     """Train an adapter as a recipe says; an interrupted run of the same recipe goes on where it was."""
+    from graftwork.cli.quiet import quiet
+
+    quiet()
     from graftwork.training.recipe import Recipe
 
     plan = Recipe.load(recipe, overrides or ())
     from graftwork.cli.progress import watching
-    from graftwork.cli.quiet import quiet
     from graftwork.cli.results import print_result
     from graftwork.training.run import tune as run
 
-    quiet()
     names = " + ".join(technique.name for technique in plan.techniques())
     with watching(names) as watch:
         result = run(plan, resume=resume, overwrite=overwrite, watch=watch)

@@ -135,7 +135,7 @@ class Training(Section):
         batch_size: samples per optimiser step, over all processes and accumulation slices.
         accumulation: slices that a process cuts its share of a batch into.
         checkpointing: recompute activations in the backward pass.
-        lean: the frozen host keeps less for backward (gated feed-forwards, RMS norms, loss over a vocabulary).
+        lean: the frozen host keeps less for backward: gated feed-forwards, RMS norms, vocabulary loss.
         warmup: share of all steps in which the learning rate rises from zero.
         weight_decay: applies to matrices, never to vectors.
         clip: bound of the gradient's norm; 0 does not clip.
@@ -144,7 +144,6 @@ class Training(Section):
         patience: evaluations without improvement after which the run stops.
         keep: which state becomes the adapter, that of the best evaluation or the last.
         order: of the samples, "random", or "length": random batches of like length, which pad less.
-        lean_host: keep less of the frozen host for backward: gated feed-forwards, RMS norms, vocabulary loss.
         sharding: "fsdp2" shards the model over the processes; "none" copies it to each (DDP).
     """
 
@@ -167,7 +166,6 @@ class Training(Section):
     patience: Annotated[int, Field(ge=1)] | None = None
     keep: Literal["best", "last"] = "best"
     order: Literal["random", "length"] = "random"
-    lean_host: bool = False
     sharding: Literal["none", "fsdp2"] = "none"
 
     @model_validator(mode="after")

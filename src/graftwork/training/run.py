@@ -61,8 +61,6 @@ def tune(
     flops = step_flops(materials, techniques, recipe.training.batch_size)
     adapter = attach(materials.model, techniques, name=NAME)
     if recipe.training.lean:
-        lean(materials.model)
-    if recipe.training.lean_host:
         make_lean(materials.model)
     return _Run(recipe, folder, materials, adapter, flops, watch).go(checkpoint)
 
@@ -183,7 +181,7 @@ def make_lean(model: nn.Module) -> None:
     if not any(report.taken.values()):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(report.left.items())[:3])
         raise PortUnavailable(
-            f"training.lean_host: {type(model).__name__} has no gated feed-forward, RMS norm or vocabulary loss "
+            f"training.lean: {type(model).__name__} has no gated feed-forward, RMS norm or vocabulary loss "
             f"that could keep less{f' ({reasons})' if reasons else ''}; leave it out"
         )
 

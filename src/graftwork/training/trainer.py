@@ -62,14 +62,15 @@ class Trainer(transformers.Trainer):
         outputs = model(**inputs)
         loss = outputs["loss"]
         if model.training:
-            loss = self._weighted(loss, outputs, inputs["labels"], num_items_in_batch)
+            loss = self._weighted(loss, inputs["labels"], num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _weighted(self, loss: Tensor, outputs: Any, labels: Tensor, total: Tensor) -> Tensor:
+    def _weighted(self, loss: Tensor, labels: Tensor, total: Tensor) -> Tensor:
         """A mean over this slice's counted labels, as its part of the mean over the whole batch's."""
         counted = self._counted(labels)
         if counted == 0:
-            return outputs["logits"].sum() * 0.0  # the mean of nothing is not a number
+            trained = (p.sum() for p in self.model.parameters() if p.requires_grad)
+            return torch.stack(list(trained)).sum() * 0.0  # the mean of nothing is not a number
         return loss * (counted / total) * self.accelerator.num_processes
 
     def _counted(self, labels: Tensor) -> int:
