@@ -9,7 +9,19 @@ import pytest
 from graftwork.cli import main as entry
 from graftwork.errors import BadOption
 
-VERBS = ["tune", "evaluate", "cost", "anatomy", "techniques", "merge", "convert", "pretrain", "demo", "docs"]
+VERBS = [
+    "tune",
+    "evaluate",
+    "runs",
+    "cost",
+    "anatomy",
+    "techniques",
+    "merge",
+    "convert",
+    "pretrain",
+    "demo",
+    "docs",
+]
 
 
 def graftwork(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

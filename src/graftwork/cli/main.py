@@ -16,6 +16,7 @@ from graftwork.cli import (
     evaluate,
     merge,
     pretrain,
+    runs,
     techniques,
     tune,
 )
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command("tune")(tune.tune)
 app.command("evaluate")(evaluate.evaluate)
+app.command("runs")(runs.runs)
 app.command("cost")(cost.cost)
 app.command("anatomy")(anatomy.anatomy)
 app.command("techniques")(techniques.show)
