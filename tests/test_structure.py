@@ -44,7 +44,9 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if folder(f) in ORDER], ids=lambda p: str(p.relative_to(SOURCE)))
+@pytest.mark.parametrize(
+    "path", [f for f in FILES if folder(f) in ORDER], ids=lambda p: str(p.relative_to(SOURCE))
+)
 def test_imports_point_one_way(path: Path) -> None:
     own = ORDER.index(folder(path))
     above = {name for name in imported(path) if name in ORDER and ORDER.index(name) > own}
@@ -93,7 +95,9 @@ def test_functions_are_small_and_typed() -> None:
     assert lengths[len(lengths) // 2] <= 10
     assert lengths[int(len(lengths) * 0.9)] <= 30
     allowed = ("lowrank.py", "lean.py")  # methods of autograd functions, whose context is not typed
-    untyped = [name for name, _, typed in functions() if not typed and not name.split(":")[0].endswith(allowed)]
+    untyped = [
+        name for name, _, typed in functions() if not typed and not name.split(":")[0].endswith(allowed)
+    ]
     assert not untyped, untyped
 
 
@@ -102,6 +106,18 @@ def test_importing_loads_torch_and_little_else() -> None:
         "import sys, torch; before = set(sys.modules); import graftwork as gw; gw.LoRA(rank=2); gw.attach; "
         "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
     )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    heavy = {"transformers", "accelerate", "datasets", "pydantic", "sklearn", "scipy", "matplotlib", "pandas", "rich"}
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = {
+        "transformers",
+        "accelerate",
+        "datasets",
+        "pydantic",
+        "sklearn",
+        "scipy",
+        "matplotlib",
+        "pandas",
+        "rich",
+    }
     assert not heavy & set(out)

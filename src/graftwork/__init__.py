@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graftwork.adapters.convert import convert
-    from graftwork.analysis.cost import cost
     from graftwork.adapters.store import load, save
+    from graftwork.analysis.cost import cost
     from graftwork.anatomy.resolve import anatomy_of as anatomy
     from graftwork.engine.adapter import Adapter
     from graftwork.engine.attach import attach, detach

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graftwork.analysis.cost import Step, cost, example_inputs
-from graftwork.errors import BadOption, StateError
-from graftwork.reference.technique import Technique
-from graftwork.testing import tiny, tiny_batch
 from torch import nn
 
 import graftwork as gw
+from graftwork.analysis.cost import Step, cost, example_inputs
+from graftwork.errors import BadOption, StateError
+from graftwork.testing import tiny, tiny_batch
 
 TECHNIQUES = {
     "lora": gw.LoRA(rank=4),
@@ -110,7 +109,5 @@ def test_flops_of_a_low_rank_linear_by_hand() -> None:
 
 
 def test_dropout_needs_no_values() -> None:
-    with_dropout, without = (
-        cost(tiny("llama"), gw.LoRA(rank=2, dropout=p), sequence=8) for p in (0.1, 0.0)
-    )
+    with_dropout, without = (cost(tiny("llama"), gw.LoRA(rank=2, dropout=p), sequence=8) for p in (0.1, 0.0))
     assert with_dropout.step_flops == without.step_flops

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+import graftwork as gw
 from graftwork.errors import NothingMatches, PortUnavailable, RouteError
 from graftwork.laws import LAWS
 from graftwork.reference.catalogue import techniques
 from graftwork.reference.technique import Technique
 from graftwork.testing import tiny
-
-import graftwork as gw
 
 HOSTS = ("bert", "bert-classification", "llama", "gpt2", "t5", "vit", "mamba", "resnet")
 

@@ -8,6 +8,9 @@ from typing import Annotated, ClassVar
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import graftwork as gw
 from graftwork.engine.modules import LowRankModule
 from graftwork.laws import LAWS
 from graftwork.reference import catalogue
@@ -15,9 +18,6 @@ from graftwork.reference.card import Card
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
 from graftwork.reference.site import Site
 from graftwork.reference.technique import AtLeast, Technique
-from torch import Tensor, nn
-
-import graftwork as gw
 
 
 @dataclass(frozen=True, kw_only=True)

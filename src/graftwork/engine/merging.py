@@ -81,7 +81,7 @@ def unmerge(model: nn.Module) -> None:
     for (path, name), (original, shared) in state.originals.items():
         module = model.get_submodule(path)
         if shared is not None:
-            module._parameters[name] = shared
+            module._parameters[name] = shared  # type: ignore[assignment]
         else:
             _parameter(module, name).data.copy_(original)
     state.originals, state.merged, state.active = {}, (), state.before_merge
@@ -279,7 +279,11 @@ def _store(
         before = parameter.detach().clone()
         apart = _values_of(parameter) in split
         if id(parameter) not in replaced:
-            new = nn.Parameter(value.to(parameter.dtype), requires_grad=parameter.requires_grad) if apart else None
+            new = (
+                nn.Parameter(value.to(parameter.dtype), requires_grad=parameter.requires_grad)
+                if apart
+                else None
+            )
             replaced[id(parameter)] = new
         elif not apart:  # tied weights that one adapter tensor changes together are written once
             continue

@@ -140,7 +140,7 @@ def _make(base: type) -> type:
 
 
 def _rebuild(base: type) -> Any:
-    kind = prompted(base)
+    kind: Any = prompted(base)
     return kind.__new__(kind)
 
 

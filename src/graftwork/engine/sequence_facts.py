@@ -160,4 +160,4 @@ def _table(model: nn.Module, stack: Stack, module: nn.Module) -> tuple[str, int]
     path, table = found[0]
     unused = getattr(table, "offset", 0) or (_padding(module) + 1 if _counting(module) == "ids" else 0)
     below = path.removeprefix(f"{stack.path}.") if stack.path else path
-    return below, table.num_embeddings - unused  # type: ignore[operator]
+    return below, int(table.num_embeddings - unused)  # type: ignore[operator]

@@ -159,12 +159,14 @@ def fold(start: Tensor, grafts: Iterable[Graft], *, bias: bool = False) -> Tenso
 
 def changes_weight(graft: Graft) -> bool:
     """Whether the module touches the matrix (a bias-only technique does not)."""
-    return type(graft.module).effective is not WeightModule.effective
+    kind: Any = type(graft.module)
+    return kind.effective is not WeightModule.effective
 
 
 def changes_bias(graft: Graft) -> bool:
     """Whether the module touches the bias."""
-    return type(graft.module).effective_bias is not WeightModule.effective_bias
+    kind: Any = type(graft.module)
+    return kind.effective_bias is not WeightModule.effective_bias
 
 
 def is_thin(graft: Graft) -> bool:

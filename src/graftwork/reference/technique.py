@@ -131,7 +131,7 @@ class Technique:
 
     def tie(self, first: nn.Module, second: nn.Module) -> None:
         """Called for two modules built for one and the same host tensor (tied weights)."""
-        return None
+        return
 
     def stored(self) -> Technique:
         """The technique as an adapter file names it; differs where training scaffolding is dropped on saving.
