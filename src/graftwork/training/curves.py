@@ -15,7 +15,7 @@ def draw(records: Sequence[Record], best_metric: str, kept_step: int, path: Path
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharex=True)
     _line(left, records, "loss", "training", LOSS)
     _line(left, records, "eval_loss", "validation", SCORE, marker="o")
     _line(right, records, f"eval_{best_metric}", best_metric, SCORE, marker="o")
@@ -27,6 +27,7 @@ def draw(records: Sequence[Record], best_metric: str, kept_step: int, path: Path
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
+    left.set_xlim(left=0)
     figure.savefig(path)
 
 
