@@ -61,7 +61,7 @@ def losses(output: Path) -> list[float]:
     return [r["loss"] for r in Journal(output / "metrics.jsonl").records() if "loss" in r]
 
 
-@pytest.mark.parametrize(("sharding", "slices"), [("none", 2), ("fsdp2", 1)])
+@pytest.mark.parametrize(("sharding", "slices"), [("none", 2), ("fsdp2", 1)], ids=["ddp", "fsdp2"])
 def test_two_processes_train_as_one(
     quiet: Path, alone: Path, tmp_path: Path, sharding: str, slices: int
 ) -> None:

@@ -140,10 +140,10 @@ class _Run:
     def _save(self, trainer: Trainer) -> int:
         """Write the adapter file; a sharded model is gathered by all processes together."""
         model = trainer.accelerator.unwrap_model(trainer.model)
-        if self.recipe.training.sharding == "none":
-            by_first(lambda: save(model, self.folder.adapter, name=NAME))
-        else:
+        if trainer.is_fsdp_enabled:  # by the recipe, or by `accelerate launch`
             save(model, self.folder.adapter, name=NAME)
+        else:
+            by_first(lambda: save(model, self.folder.adapter, name=NAME))
         processes().wait_for_everyone()
         return sum(file.stat().st_size for file in self.folder.adapter.iterdir())
 
