@@ -84,7 +84,12 @@ class PromptModule(nn.Module):
     """Sequence port: `forward()` gives positions (N, C) put in at the stack's input.
 
     A deep prompt is built once per layer; module i overwrites the reserved slots at layer i.
+
+    Attributes:
+        front: before leading positions too that otherwise stay in front of a prompt (CLS).
     """
+
+    front: bool = False
 
 
 class Linear(nn.Linear):

@@ -5,7 +5,8 @@ A row of n slots and T own positions is laid out as
     [filler][positions before `start`][prompt][the rest]    filler in front: windows stay together
     [positions before `start`][prompt][filler][the rest]    filler behind: the first stays the first
 
-where a prompt shorter than n leaves filler. `start` counts leading padding and what must stay in front (CLS).
+where a prompt shorter than n leaves filler. `start` counts leading padding and what must stay in front (CLS;
+nothing for a prompt that asks for the very front).
 
     B samples, T own positions, n slots, C channels
 """
@@ -104,8 +105,8 @@ def _pick(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index.expand(-1, -1, *values.shape[2:]))
 
 
-def leading(mask: Tensor, keep: int) -> Tensor:
-    """(B,) own positions in front of a prompt: leading padding of a mask (B, T) and `keep` more."""
+def leading(mask: Tensor, keep: Tensor) -> Tensor:
+    """(B,) own positions in front of a prompt: leading padding of a mask (B, T) and `keep` (B,) more."""
     return ((mask.cumsum(1) == 0).sum(1) + keep).clamp(max=mask.shape[1])
 
 

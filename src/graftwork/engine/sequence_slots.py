@@ -20,12 +20,16 @@ from graftwork.reference.properties import Port
 
 @dataclass(frozen=True)
 class Share:
-    """Slots of one adapter: put in at the stack's input, and overwritten at each layer (deep)."""
+    """Slots of one adapter: put in at the stack's input, and overwritten at each layer (deep).
+
+    `front`: before the positions that otherwise stay in front of a prompt.
+    """
 
     name: str
     shallow: Tensor | None
     deep: int
     length: int
+    front: bool
 
 
 class Slots:
@@ -64,14 +68,21 @@ class Slots:
     def lay_out(
         self, mask: Tensor | None, batch: int, keep: int, front: bool, device: torch.device
     ) -> Layout:
-        """Place the slots in a batch: behind leading padding of `mask` (B, T) and `keep` more positions."""
-        if mask is None:
-            start = torch.full((batch,), keep, device=device)
-        else:
-            start = leading(mask, keep)
+        """Place the slots in a batch: behind leading padding of `mask` (B, T) and `keep` more positions,
+        which prompts at the very front go before."""
+        start = self._kept(batch, keep, device)
+        if mask is not None:
+            start = leading(mask, start)
         counts = torch.tensor(self.sums, device=device)[self.row_of] if self.ragged else None
         self.layout = Layout(self.length, start, counts, front)
         return self.layout
+
+    def _kept(self, batch: int, keep: int, device: torch.device) -> Tensor:
+        """(B,) positions that stay in front of each row's prompt; all `keep` of them where it has none."""
+        kept = [0 if keep and _is_front(row) else keep for row in self.rows]
+        if self.row_of is None or len(set(kept)) == 1:
+            return torch.full((batch,), kept[0], device=device)
+        return torch.tensor(kept, device=device)[self.row_of]
 
     def values(self, like: Tensor) -> Tensor:
         """(B, n, C) what is put in at the stack; zeros where layers will overwrite."""
@@ -159,7 +170,24 @@ def _share(seat: Seat, layers: tuple[Seat, ...], name: str) -> Share | None:
             )
         deep = len(_made(deeper[0]))
     entering = _made(shallow) if shallow else None
-    return Share(name, entering, deep, deep + (0 if entering is None else len(entering)))
+    front = any(_asks_front(graft) for grafts in (shallow, *deeper) for graft in grafts)
+    return Share(name, entering, deep, deep + (0 if entering is None else len(entering)), front)
+
+
+def _asks_front(graft: Graft) -> bool:
+    return bool(getattr(graft.module, "front", False))
+
+
+def _is_front(row: list[Share]) -> bool:
+    """Whether a row's prompt goes to the very front."""
+    front = {share.name for share in row if share.front}
+    rest = [repr(share.name) for share in row if share.name not in front]
+    if front and rest:
+        raise StateError(
+            f"prompts {', '.join(map(repr, sorted(front)))} go before the first position and "
+            f"{', '.join(rest)} behind it, so one row cannot have both; run them one at a time, or route them"
+        )
+    return bool(front)
 
 
 def _made(grafts: tuple[Graft, ...]) -> Tensor:

@@ -31,6 +31,7 @@ class PTuning(Technique):
         length: number of positions.
         encoder: "mlp" or "lstm".
         hidden: inner width of the encoder (of each direction of the LSTM); None means the embedding width.
+        front: before a leading summary position (CLS) too, where it usually stays first.
     """
 
     published: ClassVar[Card] = Card(
@@ -52,12 +53,17 @@ class PTuning(Technique):
     length: Annotated[int, AtLeast(1)] = 20
     encoder: Literal["mlp", "lstm"] = "mlp"
     hidden: Annotated[int | None, AtLeast(1)] = None
+    front: bool = False
 
     def build(self, site: Site) -> nn.Module:
-        return PromptEncoder(self.length, site.width, self.hidden or site.width, self.encoder == "lstm")
+        module = PromptEncoder(self.length, site.width, self.hidden or site.width, self.encoder == "lstm")
+        module.front = self.front
+        return module
 
     def stored(self) -> PromptTuning:
-        return PromptTuning(length=self.length, workspaces=self.workspaces, layers=self.layers)
+        return PromptTuning(
+            length=self.length, front=self.front, workspaces=self.workspaces, layers=self.layers
+        )
 
 
 class PromptEncoder(PromptModule):

@@ -31,6 +31,8 @@ class PrefixTuning(Technique):
     Args:
         length: number of positions.
         hidden: inner width of the MLP that writes them while training; None trains them directly.
+        shift_positions: tokens stand this many positions later, as behind a prefix of that length in a cache;
+            a relative bias (T5) then sees the prefix at -shift_positions and on.
     """
 
     published: ClassVar[Card] = Card(
@@ -53,6 +55,7 @@ class PrefixTuning(Technique):
 
     length: Annotated[int, AtLeast(1)] = 30
     hidden: Annotated[int | None, AtLeast(1)] = 512
+    shift_positions: Annotated[int, AtLeast(0)] = 0
 
     @property
     def card(self) -> Card:
@@ -66,7 +69,9 @@ class PrefixTuning(Technique):
 
     def build(self, site: Site) -> nn.Module:
         widths = site.key_width, site.value_width
-        return Prefix(self.length, *widths) if self.hidden is None else Written(self.hidden, *widths)
+        made = Prefix(self.length, *widths) if self.hidden is None else Written(self.hidden, *widths)
+        made.shift_positions = self.shift_positions
+        return made
 
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
         return None if self.hidden is None else Trunk(self.length, sites[0].key_width, self.hidden)

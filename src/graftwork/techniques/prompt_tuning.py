@@ -30,6 +30,7 @@ class PromptTuning(Technique):
     Args:
         length: number of positions.
         init: "normal" or "vocabulary" (rows of the embedding table).
+        front: before a leading summary position (CLS) too, where it usually stays first.
     """
 
     published: ClassVar[Card] = Card(
@@ -51,9 +52,11 @@ class PromptTuning(Technique):
 
     length: Annotated[int, AtLeast(1)] = 20
     init: Literal["normal", "vocabulary"] = "normal"
+    front: bool = False
 
     def build(self, site: Site) -> nn.Module:
         module = Prompt(self.length, site.width)
+        module.front = self.front
         if site.matrix is None and self.init == "vocabulary":
             raise BadOption(f"{self.name}: {site.key} has no vocabulary to draw from; use init='normal'")
         if site.matrix is not None and not module.prompt.is_meta:
