@@ -30,7 +30,17 @@ SIZE = {
 }
 LLAMA = {**SIZE, **ENDS, "num_key_value_heads": 2}
 GPT2 = {**ENDS, "n_embd": 16, "n_layer": 3, "n_head": 4, "vocab_size": 40, "n_positions": 64}
+BART_SIDE = {"layers": 3, "attention_heads": 4, "ffn_dim": 32}
 T5 = {"d_model": 16, "d_ff": 32, "d_kv": 4, "num_layers": 3, "num_heads": 4, "vocab_size": 40}
+BART = {
+    **ENDS,
+    "d_model": 16,
+    "vocab_size": 40,
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+    **{f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in BART_SIDE.items()},
+}
 RESNET = {
     "embedding_size": 8,
     "hidden_sizes": [8, 16],
@@ -42,13 +52,19 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", LLAMA),
     "llama-classifier": ("LlamaForSequenceClassification", {**LLAMA, "num_labels": 3}),
     "qwen3": ("Qwen3ForCausalLM", {**LLAMA, "head_dim": 8}),
+    "smollm3": ("SmolLM3ForCausalLM", {**LLAMA, "no_rope_layer_interval": 2}),
     "gpt-neox": ("GPTNeoXForCausalLM", {**SIZE, **ENDS}),
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "gpt2-classifier": ("GPT2ForSequenceClassification", {**GPT2, "num_labels": 3}),
     "bert": ("BertForMaskedLM", SIZE),
     "bert-classifier": ("BertForSequenceClassification", {**SIZE, "num_labels": 3}),
+    "bert-tokens": ("BertForTokenClassification", {**SIZE, "num_labels": 3}),
     "roberta-classifier": ("RobertaForSequenceClassification", {**SIZE, "num_labels": 3}),
+    "opt": ("OPTForCausalLM", {**SIZE, **ENDS, "ffn_dim": 32, "word_embed_proj_dim": 16}),
     "t5": ("T5ForConditionalGeneration", {**T5, "decoder_start_token_id": 0}),
+    "t5-four": ("T5ForConditionalGeneration", {**T5, "num_layers": 4, "decoder_start_token_id": 0}),
+    "t5-short": ("T5ForConditionalGeneration", {**T5, "num_decoder_layers": 2, "decoder_start_token_id": 0}),
+    "bart": ("BartForConditionalGeneration", BART),
     "resnet": ("ResNetForImageClassification", RESNET),
 }
 SPREAD = 4.0  # initial weights hide errors: larger ones make every token depend on every weight
@@ -80,7 +96,9 @@ def batch(name: str) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(2, 3, 32, 32, dtype=torch.float64)}
     ids = torch.randint(3, 40, (2, 7))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return inputs | ({"decoder_input_ids": torch.randint(3, 40, (2, 5))} if name == "t5" else {})
+    return inputs | (
+        {"decoder_input_ids": torch.randint(3, 40, (2, 5))} if name.startswith(("t5", "bart")) else {}
+    )
 
 
 def logits(model: nn.Module, name: str) -> Tensor:

@@ -27,7 +27,7 @@ from graftwork.adapters.convert import convert
 from graftwork.adapters.hf_peft.config import Config
 from graftwork.adapters.hf_peft.folder import read_config, read_folder
 from graftwork.adapters.hf_peft.matching import by_pattern, safe_pattern, targeted
-from graftwork.adapters.hf_peft.rotary import turned
+from graftwork.adapters.hf_peft.rotary import shift_of, turned
 from graftwork.adapters.installing import base_of, task_of
 from graftwork.adapters.store import load, save
 from graftwork.anatomy.resolve import select_sites
@@ -35,12 +35,14 @@ from graftwork.engine.attach import attach
 from graftwork.engine.verbs import adapters
 from graftwork.errors import BadFile, BadOption
 from graftwork.reference.properties import Port
+from graftwork.reference.technique import Technique
 from graftwork.techniques.bottleneck_adapter import BottleneckAdapter
 from graftwork.techniques.fine_tuning import FineTuning
 from graftwork.techniques.ia3 import IA3
 from graftwork.techniques.lora import LoRA
 from graftwork.techniques.prefix_tuning import PrefixTuning
 from graftwork.techniques.prompt_tuning import PromptTuning
+from graftwork.testing import tiny
 
 PATHS = [path for path, _ in host("llama").named_modules() if path]
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -254,23 +256,57 @@ def test_what_hf_peft_cannot_hold_is_refused_and_nothing_written(case: str, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "technique"), [("bert-classifier", PromptTuning(length=2))])
-def test_prompts_behind_a_summary_position_are_refused(name: str, technique: Any, tmp_path: Path) -> None:
+ELSEWHERE: dict[str, tuple[str, Technique, str]] = {
+    "prompt behind CLS": ("bert-classifier", PromptTuning(length=2), "Train it with front=True"),
+    "summary outside the stack": (
+        "roberta-classifier",
+        PromptTuning(length=2, front=True),
+        "reads the first position that its stack gives",
+    ),
+    "tokens not moved": ("gpt2", PrefixTuning(length=2, hidden=None), "Train it with shift_positions=2"),
+    "tokens moved by another number": (
+        "t5",
+        PrefixTuning(length=2, hidden=None, workspaces=("decoder.attention",), shift_positions=3),
+        "Train it with shift_positions=2",
+    ),
+    "prefix of the encoder": (
+        "t5",
+        PrefixTuning(length=2, hidden=None, shift_positions=2),
+        "to decoder.attention of each of the 3 layers",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_positions_that_hf_peft_would_put_elsewhere_are_not_written(case: str, tmp_path: Path) -> None:
+    name, technique, said = ELSEWHERE[case]
     model = host(name)
     attach(model, technique, name="fr")
-    with pytest.raises(BadFile, match="in front of the first token"):
+    with pytest.raises(BadFile, match=said):
         save(model, tmp_path, format="hf-peft")
-    made_by_peft(name, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2), tmp_path)
-    with pytest.raises(BadFile, match="in front of the first token"):
-        load(host(name), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert-classifier", "t5"])
-def test_prefixes_under_other_positions_are_refused(name: str, tmp_path: Path) -> None:
-    task = {"gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}.get(name, "SEQ_CLS")
-    made_by_peft(name, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=2), tmp_path)
-    with pytest.raises(BadFile, match="no rotary positions"):
-        load(host(name), tmp_path)
+def test_a_prompt_whose_first_position_becomes_the_summary_outside_is_not_read(tmp_path: Path) -> None:
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    made_by_peft("roberta-classifier", config, tmp_path)
+    with pytest.raises(BadFile, match="in HF PEFT the first of the prompt"):
+        load(host("roberta-classifier"), tmp_path)
+
+
+def test_a_prefix_for_fewer_layers_than_the_decoder_has_is_not_read(tmp_path: Path) -> None:
+    config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2)
+    made_by_peft("t5", config, tmp_path)
+    with pytest.raises(BadFile, match="4 layers of width 16"):
+        load(host("t5-four"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["distilbert-classification", "modernbert", "vit"])
+def test_a_prefix_on_a_stack_without_a_cache_is_refused(name: str) -> None:
+    model = tiny(name)
+    site = select_sites(model, ("attention",), "all", port=Port.ATTENTION)[0]
+    with pytest.raises(BadFile, match="takes no cache"):
+        shift_of(model, site, 2, "a.json")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-neox", "qwen3"])

@@ -35,7 +35,7 @@ from graftwork.techniques.prefix_tuning import PrefixTuning
 from graftwork.techniques.prompt_tuning import PromptTuning
 
 CLOSE = 1e-5
-DECODES = ("llama", "qwen3", "gpt-neox", "gpt2", "t5")
+DECODES = ("llama", "qwen3", "smollm3", "gpt-neox", "gpt2", "opt", "t5", "t5-four", "t5-short", "bart")
 
 
 def lora(**options: Any) -> peft.LoraConfig:
@@ -136,6 +136,13 @@ PROMPTS: dict[str, tuple[str, peft.PeftConfig]] = {
     "gpt2": ("gpt2", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
     "head": ("llama-classifier", peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5)),
     "t5": ("t5", peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5)),
+    "bart": ("bart", peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=5)),
+    "bert": ("bert-classifier", peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5)),
+    "bert tokens": ("bert-tokens", peft.PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=5)),
+    "p-tuning bert": (
+        "bert-classifier",
+        peft.PromptEncoderConfig(task_type="SEQ_CLS", num_virtual_tokens=5, encoder_hidden_size=8),
+    ),
     "p-tuning": (
         "llama",
         peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, encoder_hidden_size=8),
@@ -157,8 +164,26 @@ PROMPTS: dict[str, tuple[str, peft.PeftConfig]] = {
 PREFIXES: dict[str, tuple[str, peft.PeftConfig]] = {
     "llama": ("llama", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
     "qwen3": ("qwen3", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
+    "layers without positions": (
+        "smollm3",
+        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    ),
     "gpt-neox": ("gpt-neox", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)),
     "head": ("llama-classifier", peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5)),
+    **{
+        name: (name, peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=5))
+        for name, task in {
+            "gpt2": "CAUSAL_LM",
+            "opt": "CAUSAL_LM",
+            "bert-classifier": "SEQ_CLS",
+            "bert-tokens": "TOKEN_CLS",
+            "roberta-classifier": "SEQ_CLS",
+            "t5": "SEQ_2_SEQ_LM",
+            "t5-four": "SEQ_2_SEQ_LM",
+            "t5-short": "SEQ_2_SEQ_LM",
+            "bart": "SEQ_2_SEQ_LM",
+        }.items()
+    },
     "projected": (
         "llama",
         peft.PrefixTuningConfig(
@@ -230,9 +255,23 @@ MADE_HERE: dict[str, tuple[str, tuple[Technique, ...]]] = {
     "prompt": ("llama", (PromptTuning(length=4),)),
     "prompt and head": ("llama-classifier", (PromptTuning(length=4),)),
     "prompt, t5": ("t5", (PromptTuning(length=4),)),
+    "prompt, bert": ("bert-classifier", (PromptTuning(length=4, front=True),)),
+    "p-tuning, bert": ("bert-classifier", (PTuning(length=4, hidden=8, front=True),)),
     "p-tuning": ("llama", (PTuning(length=4, hidden=8),)),
     "prefix": ("llama", (PrefixTuning(length=4, hidden=None),)),
     "prefix by MLP": ("qwen3", (PrefixTuning(length=4, hidden=8),)),
+    "moved prefix, rotary": ("llama", (PrefixTuning(length=4, hidden=None, shift_positions=3),)),
+    **{
+        f"moved prefix, {name}": (name, (PrefixTuning(length=4, hidden=8, shift_positions=4),))
+        for name in ("gpt2", "opt", "bert-classifier", "roberta-classifier")
+    },
+    **{
+        f"moved prefix, {name}": (
+            name,
+            (PrefixTuning(length=4, hidden=8, shift_positions=4, workspaces=("decoder.attention",)),),
+        )
+        for name in ("t5", "t5-four", "t5-short", "bart")
+    },
 }
 
 

@@ -1,7 +1,8 @@
 """HF PEFT's PROMPT_TUNING and P_TUNING: `prompt_embeddings` (tokens, width) in front of the input.
 
 P-tuning stores what its encoder writes, so both are prompts when read. With two submodules (encoder-decoders)
-the file has a second block of rows, which HF PEFT never reads.
+the file has a second block of rows, which HF PEFT never reads. It puts the prompt before a leading CLS too
+(`front`), whose place as the summary the first prompt position then takes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from graftwork.adapters.hf_peft.host import Host, Part
 from graftwork.adapters.hf_peft.keys import PROMPT
 from graftwork.adapters.stored import StoredAdapter
 from graftwork.anatomy.resolve import select_sites, stack_of
+from graftwork.engine.sequence_facts import facts_of
 from graftwork.errors import BadFile
 from graftwork.reference.properties import Port
 from graftwork.reference.site import Site
@@ -43,26 +45,40 @@ def read(config: Config, tensors: dict[str, Tensor], host: Host) -> list[Part]:
     rows = take_prompt(config, tensors)
     saved = read_saved(config, tensors, host)
     length = config.get("num_virtual_tokens", int, 0)
-    blocks = config.get("num_transformer_submodules", int, 1)
+    blocks = blocks_of(config)
     if rows.dim() != 2 or length < 1 or len(rows) not in (length, length * blocks):
         raise BadFile(
             f"{config.where}: {PROMPT} has shape {tuple(rows.shape)}, the configuration says {length} tokens"
         )
-    technique = PromptTuning(length=length)
-    sites = _sites(host, technique, config.where)
+    sites = _sites(host)
+    _refuse_other_summary(host, sites, config.task, config.where)
+    technique = PromptTuning(length=length, front=_starts_with_summary(host, sites))
     return [Part(technique, sites, {(site.key, "prompt"): rows[:length] for site in sites}), *saved]
 
 
-def _sites(host: Host, technique: PromptTuning, where: str) -> tuple[Site, ...]:
-    """Where the prompt goes. Raises BadFile where HF PEFT puts it elsewhere."""
-    sites = select_sites(host.model, technique.card.workspaces, technique.layers, port=Port.SEQUENCE)
-    for site in sites:
-        if stack_of(host.model, site).sequence_start:
-            raise BadFile(
-                f"{where}: HF PEFT puts a prompt in front of the first token, graftwork behind it in a "
-                f"{type(host.model).__name__}, whose first position is the summary; results would differ"
-            )
-    return sites
+def _sites(host: Host) -> tuple[Site, ...]:
+    technique = PromptTuning()
+    return select_sites(host.model, technique.card.workspaces, technique.layers, port=Port.SEQUENCE)
+
+
+def _starts_with_summary(host: Host, sites: tuple[Site, ...]) -> bool:
+    return any(stack_of(host.model, site).sequence_start for site in sites)
+
+
+def _refuse_other_summary(host: Host, sites: tuple[Site, ...], task: str | None, where: str) -> None:
+    """Refuse a classifier that takes its summary from the stack's output, where prompts are gone here and
+    first there."""
+    outside = any(facts.keep and facts.front for facts in (facts_of(host.model, site) for site in sites))
+    if task == "SEQ_CLS" and outside:
+        raise BadFile(
+            f"{where}: the head of {type(host.model).__name__} reads the first position that its stack gives, "
+            "in HF PEFT the first of the prompt, here the first token; results would differ"
+        )
+
+
+def blocks_of(config: Config) -> int:
+    """How many stacks a prompt is for: 2 in encoder-decoders."""
+    return config.get("num_transformer_submodules", int, 2 if config.task == "SEQ_2_SEQ_LM" else 1)
 
 
 def take_prompt(config: Config, tensors: dict[str, Tensor]) -> Tensor:
@@ -75,22 +91,28 @@ def take_prompt(config: Config, tensors: dict[str, Tensor]) -> Tensor:
 def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors by path and leaf)."""
     found = [
-        own["prompt"]
+        (technique, own["prompt"])
         for index, technique in enumerate(stored.manifest.techniques)
         if isinstance(technique, PromptTuning)
         for own in stored.of(index).values()
     ]
     if len(found) != 1:
         raise BadFile(f"HF PEFT holds one prompt, this adapter has {len(found)}")
-    rows = found[0]
+    technique, rows = found[0]
     if host is None:
         raise BadFile(
             "where a prompt goes depends on the base model, which is needed. Load the adapter on it and "
             'save with format="hf-peft"'
         )
-    _sites(host, PromptTuning(length=len(rows)), "the base model")
     saved = written_modules(stored)
     task, _ = task_and_modules(stored, saved)
+    sites = _sites(host)
+    _refuse_other_summary(host, sites, task, "the base model")
+    if _starts_with_summary(host, sites) and not technique.front:
+        raise BadFile(
+            f"HF PEFT puts a prompt before the first token, this one stands behind it in a "
+            f"{type(host.model).__name__}, whose first position is the summary. Train it with front=True"
+        )
     config = prompt_config("PROMPT_TUNING", task, stored) | {
         "num_virtual_tokens": len(rows),
         "token_dim": rows.shape[1],

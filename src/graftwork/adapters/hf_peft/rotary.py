@@ -1,9 +1,9 @@
-"""Turning trained keys along rotary positions, so that a prefix in the cache and one beside the attention
-agree.
+"""How a prefix in the cache, behind which tokens stand n positions later, agrees with one beside the attention.
 
-A query at position n + t meets a stored key as q' R(n + t)' k. Without the n tokens in the cache it stands at
-t, and q' R(t)' (R(-n) k) is the same. It holds where position enters by rotation alone, with angles that do
-not depend on the sequence.
+Where positions come from a table or a relative bias, the tokens are moved (`shift_positions`). Along rotary
+positions the keys are turned instead: a query at position n + t meets a stored key as q' R(n + t)' k. Without
+the n tokens in the cache it stands at t, and q' R(t)' (R(-n) k) is the same. It holds where position enters
+by rotation alone, with angles that do not depend on the sequence; a layer without positions needs no turn.
 """
 
 from __future__ import annotations
@@ -17,10 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.engine.placing import is_adapter_name
+from graftwork.engine.sequence_facts import facts_of, relative_bias, stack_path
 from graftwork.errors import BadFile
 from graftwork.reference.site import Site
 
 CHANGING = ("dynamic", "longrope")
+
+
+def shift_of(model: nn.Module, site: Site, length: int, where: str) -> int:
+    """The `shift_positions` that stands for a prefix of that length in the cache, 0 where keys are turned.
+
+    Raises:
+        BadFile: the stack takes no cache, or has positions of another kind.
+    """
+    attention, facts = model.get_submodule(site.module), facts_of(model, site)
+    if facts.cache != "past_key_values":
+        raise BadFile(f"{where}: {facts.where} takes no cache, which is where HF PEFT puts a prefix")
+    if _rotation(attention) is not None:
+        return 0
+    if facts.rows or relative_bias(model.get_submodule(stack_path(model, site))):
+        return length
+    raise BadFile(
+        f"{where}: HF PEFT's prefixes move the positions of all tokens, and {type(attention).__name__} has "
+        "neither rotary positions nor a table or relative bias of them by which that could be done here"
+    )
 
 
 def turned(model: nn.Module, site: Site, keys: Tensor, steps: int, where: str) -> Tensor:
@@ -28,7 +48,11 @@ def turned(model: nn.Module, site: Site, keys: Tensor, steps: int, where: str) -
     rotary.
     """
     attention = model.get_submodule(site.module)
-    rotate = _rotation(attention, where)
+    if not getattr(attention, "use_rope", True):
+        return keys.contiguous()
+    rotate = _rotation(attention)
+    if rotate is None:
+        raise BadFile(f"{where}: {type(attention).__name__} has no rotary positions to turn keys by")
     cos, sin = _angles(model, attention, abs(steps), where)
     width = cos.shape[-1]
     heads = keys.detach().double().reshape(len(keys), site.heads, -1).transpose(0, 1).unsqueeze(0)
@@ -40,19 +64,14 @@ def turned(model: nn.Module, site: Site, keys: Tensor, steps: int, where: str) -
     return back.to(keys.dtype).contiguous()
 
 
-def _rotation(attention: nn.Module, where: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The family's own way of rotating (halves or pairs)."""
+def _rotation(attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The family's own way of rotating (halves or pairs), None where positions are not rotary."""
     original = type(attention).__mro__
     modules = [sys.modules.get(kind.__module__) for kind in original]
     found = next((f for m in modules if (f := getattr(m, "apply_rotary_pos_emb", None)) is not None), None)
     forwards = [vars(kind)["forward"] for kind in original if "forward" in vars(kind)][:2]
     takes = any("position_embeddings" in inspect.signature(forward).parameters for forward in forwards)
-    if found is None or not takes:
-        raise BadFile(
-            f"{where}: HF PEFT's prefixes move the positions of all tokens, which graftwork's do not, and "
-            f"{type(attention).__name__} has no rotary positions by which the difference could be made up"
-        )
-    return found
+    return found if takes else None
 
 
 def _angles(model: nn.Module, attention: nn.Module, position: int, where: str) -> tuple[Tensor, Tensor]:
