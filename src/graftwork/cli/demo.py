@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +34,7 @@ def demo(
 
     from graftwork.cli.quiet import quiet
 
-    quiet()
+    quiet(logging.ERROR)  # that texts are cut is meant here
     from graftwork.cli.comparison import Comparison
     from graftwork.training.report import write_report
     from graftwork.training.run import tune
