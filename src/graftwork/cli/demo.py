@@ -59,7 +59,7 @@ def recipe(name: str, out: Path, rows: int, steps: int, seed: int) -> Recipe:
             "model": "minilm",
             "technique": [*techniques, head],
             "task": {"name": "text-classification", "max_length": 32},
-            "data": {"train": "docstrings:subjects", "limit": rows, "evaluation_limit": max(rows // 6, 32)},
+            "data": {"train": "docstrings:subjects", "limit": rows, "evaluation_limit": max(rows // 8, 32)},
             "training": {
                 "steps": steps,
                 "batch_size": 16,
