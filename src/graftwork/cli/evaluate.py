@@ -14,7 +14,9 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="What to score on; a run's own data otherwise.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model (minilm, a small host, a folder).")] = None,
     task: Annotated[str | None, typer.Option(help="Task, for an adapter file.")] = None,
-    split: Annotated[str | None, typer.Option(help="train, validation or test.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test; test where there is one if not said.")
+    ] = None,
     column: Annotated[list[str] | None, typer.Option(help="ROLE=COLUMN of the data, repeatable.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 64,

@@ -30,7 +30,7 @@ def print_result(result: RunResult) -> None:
 
 def print_scores(scores: Mapping[str, Mapping[str, float]]) -> None:
     """One row per metric, one column per split."""
-    table = Table("score", *scores, box=None, header_style="bold")
+    table = Table("", *scores, box=None, header_style="bold")
     for name in dict.fromkeys(name for found in scores.values() for name in found):
         table.add_row(name, *(_text(found.get(name)) for found in scores.values()))
     Console().print(table)
