@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, DistilBertConfig, GPT2Config, PreTrainedModel
 
 from graftwork.adapters.convert import convert
+from graftwork.adapters.hf_peft import ia3, lora, norms, prefix, prompt
 from graftwork.adapters.hf_peft.config import Config
 from graftwork.adapters.hf_peft.folder import read_config, read_folder
 from graftwork.adapters.hf_peft.matching import by_pattern, safe_pattern, targeted
@@ -466,3 +467,31 @@ def test_sigkill_never_mixes_two_saves(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {"2", "3"} & set(done.stdout.split())
+
+
+def test_the_page_names_every_option_and_no_other() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "hf-peft.md").read_text()
+    lines = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("|")]
+    named: dict[str, list[set[str]]] = {}
+    for kinds, *cells in lines:
+        for kind in kinds.split(","):
+            named.setdefault(kind.strip(), [set(re.findall(r"`(\w+)`", cell)) for cell in cells])
+    every = {"modules_to_save"}
+    modules = {"LORA": lora, "IA3": ia3, "LN_TUNING": norms, "PROMPT_TUNING": prompt, "P_TUNING": prompt}
+    for kind, module in {**modules, "PREFIX_TUNING": prefix}.items():
+        assert named[kind][0] == set(module.UNDERSTOOD) - every
+        assert named[kind][1] == set(getattr(module, "INDIFFERENT", ()))
+    refused = {name for first, *_ in lines for name in re.findall(r"`(\w+)`", first)}
+    assert lora.REFUSED.keys() <= refused
+    assert all(kind in page for kind in lora.CHANGE_THE_BASE)
+
+
+def test_a_lora_of_one_rank_is_written_without_patterns_or_whole_modules(tmp_path: Path) -> None:
+    """What servers that know one rank and one alpha read (vLLM)."""
+    model = host("llama")
+    attach(model, LoRA(rank=3, alpha=6, workspaces=("attention.*", "feedforward.up")), name="fr")
+    config = json.loads((save(model, tmp_path, format="hf-peft") / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["bias"], config["use_dora"]) == (3, 6, "none", False)
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert "modules_to_save" not in config
