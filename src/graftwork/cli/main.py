@@ -9,6 +9,7 @@ import typer
 
 from graftwork.cli import (
     anatomy,
+    bench,
     convert,
     cost,
     demo,
@@ -40,6 +41,7 @@ app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
 app.command("pretrain")(pretrain.pretrain)
 app.command("demo")(demo.demo)
+app.command("bench")(bench.bench)
 app.command("docs")(docs.docs)
 
 TRACEBACK = "--traceback"
