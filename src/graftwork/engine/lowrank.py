@@ -57,7 +57,7 @@ def low_rank_linear(
     drop = Drop.draw(dropout) if dropout else None
     if torch.is_grad_enabled() and any_tracked(x, weight, bias, down, up, mask):
         return _LowRankLinear.apply(x, weight, bias, down, up, mask, scale, drop, dtype)
-    if x.dtype != dtype:
+    if x.dtype is not dtype:
         x, weight, bias = x.to(dtype), cast(weight, dtype), cast(bias, dtype)
     return _product(x, weight, bias, down, up, mask, scale, drop)
 
@@ -151,7 +151,7 @@ def _plain(
 
 def _rows(x: Tensor, factor: Tensor) -> Tensor:
     """x (..., C) as (N, C), or as (G, N / G, C) beside stacked factors."""
-    return x.reshape(*factor.shape[:-2], -1, x.shape[-1])
+    return x.reshape(-1, x.shape[-1]) if factor.dim() == 2 else x.reshape(len(factor), -1, x.shape[-1])
 
 
 def _masked(inner: Tensor, mask: Tensor | None, lead: torch.Size) -> Tensor:
@@ -171,14 +171,22 @@ def _product(
     scale: float,
     drop: Drop | None,
 ) -> Tensor:
-    """The whole product in the precision of x, in place where no gradient is recorded."""
-    dropped, gain = (x, scale) if drop is None else (drop.apply(x), scale * drop.gain)
-    inner = _masked(_rows(dropped, down) @ down.to(x.dtype).mT, mask, x.shape[:-1])
-    outer = up.to(x.dtype).mT
+    """The whole product in the precision of x, in place: no gradient is being recorded."""
+    dtype, gain, dropped = x.dtype, scale, x
+    if drop is not None:
+        dropped, gain = drop.apply(x), scale * drop.gain
+    down, up = (down if down.dtype is dtype else down.to(dtype)), (up if up.dtype is dtype else up.to(dtype))
+    product = torch.mm if down.dim() == 2 else torch.bmm
+    inner = product(_rows(dropped, down), down.mT)
+    if mask is not None:
+        inner.view(*x.shape[:-1], -1).mul_(mask.to(dtype))
     if weight is None:
-        return (inner.mul_(gain) @ outer).view(*x.shape[:-1], -1)
+        return product(inner if gain == 1 else inner.mul_(gain), up.mT).view(*x.shape[:-1], -1)
     y = functional.linear(x, weight, bias)
-    _accumulate(y.view(*inner.shape[:-1], -1), inner, outer, gain)
+    if down.dim() == 2:
+        y.view(-1, y.shape[-1]).addmm_(inner, up.t(), alpha=gain)
+    else:
+        y.view(len(up), -1, y.shape[-1]).baddbmm_(inner, up.mT, alpha=gain)
     return y
 
 
@@ -238,11 +246,9 @@ def _input_gradient(base: Tensor | None, inner: Tensor, down: Tensor, drop: Drop
     if base is None or drop is not None:
         thin = inner @ down if drop is None else drop.apply(inner @ down)
         return thin if base is None else base.add_(thin.view(base.shape))
-    return _accumulate(base.view(*inner.shape[:-1], -1), inner, down, 1.0)
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
-    return (total.addmm_ if total.dim() == 2 else total.baddbmm_)(left, right, alpha=factor)
+    if down.dim() == 2:
+        return base.addmm_(inner, down)
+    return base.view(len(down), -1, base.shape[-1]).baddbmm_(inner, down)
 
 
 def _factor_gradients(

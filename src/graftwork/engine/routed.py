@@ -7,11 +7,12 @@ K adapters of one padded rank R, B rows of T tokens. Four ways, all equal to tha
 
 - even: rows in equal runs, adapter after adapter: one batched product per factor, nothing copied.
 - gathered: long rows, (K - 1) T >= 64: factors copied per row (R (I + O) elements), batched products.
-- grouped: short rows, no gradients: rows put into groups padded to the largest, if that at most doubles them.
+- grouped: short rows, no gradients, (K - 1) B >= 256 bytes of an element: rows put into groups padded to the
+  largest, if that at most doubles them.
 - masked: anything else, and per token: all factors side by side and a mask over the K R inner coordinates,
   so K times the thin products.
 
-64 is where copying and masking cost the same, measured for widths of 512 to 1400 on a CPU in fp32 and bf16.
+The limits are where two ways cost the same, measured for widths of 512 to 1400 on a CPU in fp32 and bf16.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.nn import functional
 from graftwork.engine.lowrank import low_rank_linear
 from graftwork.errors import RouteError
 
-_COPY_PAYS = 64
+_COPY_PAYS, _GROUPING_PAYS = 64, 256
 
 
 @dataclass(frozen=True)
@@ -138,18 +139,20 @@ def low_rank_routed(
         stack: factors of the K adapters the route points into.
         rows: the route laid out for these B rows.
     """
-    if rows.index.shape != x.shape[: rows.index.dim()]:
-        raise RouteError(f"the route covers {tuple(rows.index.shape)}, the signal is {tuple(x.shape)}")
+    index, size = rows.index, x.shape
+    if index.shape != size[: index.dim()]:
+        raise RouteError(f"the route covers {tuple(index.shape)}, the signal is {tuple(size)}")
     part = stack.part(*rows.span())
-    count = len(part.down)
+    others = len(part.down) - 1
     eager = not torch.compiler.is_compiling()
     if eager and rows.even:
-        down, up = (part.down, part.up) if count > 1 else (part.down[0], part.up[0])
+        down, up = (part.down, part.up) if others else (part.down[0], part.up[0])
         return low_rank_linear(x, weight, bias, down, up.mT, 1.0, dropout=dropout)
-    if rows.index.dim() == 1:
-        if (count - 1) * x.numel() >= _COPY_PAYS * x.shape[0] * x.shape[-1]:
+    if index.dim() == 1:
+        if others * x.numel() >= _COPY_PAYS * size[0] * size[-1]:
             return _gathered(x, weight, bias, part, rows, dropout)
-        if eager and rows.pick is not None and not torch.is_grad_enabled():
+        grouping_pays = others * size[0] * x.element_size() >= _GROUPING_PAYS
+        if eager and grouping_pays and rows.pick is not None and not torch.is_grad_enabled():
             return _grouped(x, weight, bias, part, rows)
     mask = rows.mask(part.down.shape[1], x.dim(), x.dtype)
     down, up = part.down.flatten(0, 1), part.up.flatten(0, 1).t()
