@@ -13,7 +13,7 @@ from graftwork.training.journal import Watch
 from graftwork.training.report import COLUMNS, rows
 from graftwork.training.result import RunResult
 
-COLUMNS_LIVE = ("", "step", "loss", "validation", "trained", "share", "file", "test", "s/step")
+COLUMNS_LIVE = ("", "step", "loss", "valid", "trained", "share", "test", "s/step")  # 80 characters wide
 
 
 class Comparison:
@@ -46,7 +46,7 @@ class Comparison:
             if "loss" in record:
                 cells["loss"] = f"{record['loss']:.3f}"
             if "eval_accuracy" in record:
-                cells["validation"] = f"{record['eval_accuracy']:.3f}"
+                cells["valid"] = f"{record['eval_accuracy']:.3f}"
             self._live.update(self._table())
 
         return show
@@ -56,14 +56,14 @@ class Comparison:
         self.results[name] = result
         final = dict(zip(COLUMNS, rows({name: result})[0], strict=True))
         final["test"] = final["score"]
-        final["validation"] = f"{result.score:.3f}"
+        final["valid"] = f"{result.score:.3f}"
         self._progress[name].update({key: final[key] for key in COLUMNS_LIVE if key in final and key})
         self._live.update(self._table())
 
     def _table(self) -> Table:
         table = Table(box=None, header_style="bold")
         for column in COLUMNS_LIVE:
-            table.add_column(column, justify="right" if column else "left")
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for name, cells in self._progress.items():
             table.add_row(name, *(cells.get(column, "") for column in COLUMNS_LIVE[1:]))
         return table

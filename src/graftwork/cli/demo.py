@@ -45,7 +45,7 @@ def demo(
             plan = recipe(name, out, rows, steps, seed)
             table.done(name, tune(plan, overwrite=True, watch=table.watch(name)))
     page = write_report(table.results, out, TITLE)
-    typer.echo(f"{time.perf_counter() - start:.0f} s; report: {page}")
+    typer.echo(f"\n{time.perf_counter() - start:.0f} s; report: {page}")
 
 
 def recipe(name: str, out: Path, rows: int, steps: int, seed: int) -> Recipe:
