@@ -69,7 +69,5 @@ def _hash(seed: int, count: int, device: torch.device) -> Tensor:
     words = torch.arange(seed, seed + count, dtype=torch.int64, device=device)
     for factor in _MIX:
         words.mul_(factor)
-        words.bitwise_xor_(
-            (words >> 32).bitwise_and_(_LOW)
-        )  # the shift of a signed word copies its sign: cut it off
+        words.bitwise_xor_((words >> 32).bitwise_and_(_LOW))  # a shift copies the sign: cut it off
     return words
