@@ -12,7 +12,8 @@ from graftwork.reference.catalogue import techniques
 from graftwork.reference.technique import Technique
 from graftwork.testing import tiny
 
-HOSTS = ("bert", "bert-classification", "llama", "gpt2", "t5", "vit", "mamba", "resnet")
+EVERYDAY = ("bert", "llama")
+HOSTS = (*EVERYDAY, "bert-classification", "gpt2", "t5", "vit", "mamba", "resnet")
 
 
 def cases() -> dict[str, Technique]:
@@ -81,7 +82,9 @@ def test_refusals_are_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize(
+    "host", [pytest.param(host, marks=() if host in EVERYDAY else pytest.mark.slow) for host in HOSTS]
+)
 @pytest.mark.parametrize("name", cases())
 def test_law(name: str, host: str, law: str) -> None:
     torch.manual_seed(0)
