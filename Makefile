@@ -23,7 +23,7 @@ quick: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not distributed"
 
 bench: $(VENV)/.ready
-	$(BIN)/graftwork bench --json benchmarks.json --write docs/benchmarks.md
+	$(BIN)/graftwork bench --json runs/benchmarks.json --write docs/benchmarks.md
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ def saved_bytes(forward: Callable[[], object], leave_out: Iterable[Tensor] = ())
     saved: list[weakref.ref[_Held]] = []
 
     def pack(tensor: Tensor) -> _Held:
-        held = _Held(tensor)
+        held = _Held(tensor.detach())  # with its history it would keep alive the very graph that saved it
         saved.append(weakref.ref(held))
         return held
 

@@ -111,4 +111,5 @@ def write_json(file: Path, machine: dict[str, object], settings: Settings, table
         "rounds": settings.rounds,
     }
     result = {"machine": machine, "settings": asked, "tables": [table.plain() for table in tables]}
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -99,10 +99,9 @@ class Layout:
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:
-    """values (B, S, ...) at index (B, P) -> (B, P, ...)."""
-    while index.dim() < values.dim():
-        index = index.unsqueeze(-1)
-    return values.gather(1, index.expand(-1, -1, *values.shape[2:]))
+    """values (B, S, ...) at index (B, P) -> (B, P, ...); keeps the index for backward and none of the values."""
+    first = torch.arange(len(index), device=index.device)[:, None] * values.shape[1]
+    return values.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, tuple(index.shape))
 
 
 def leading(mask: Tensor, keep: Tensor) -> Tensor:

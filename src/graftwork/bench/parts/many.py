@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from graftwork.bench import peer
-from graftwork.bench.hosts import Host
+from graftwork.bench.hosts import Host, share
 from graftwork.bench.measure import interleaved, once
 from graftwork.bench.settings import DTYPES, Settings
 from graftwork.bench.table import Goal, Table
@@ -26,8 +26,11 @@ def measure(settings: Settings, count: int = COUNT) -> list[Table]:
 
 def _table(settings: Settings, host: Host, count: int) -> Table:
     dtype = settings.dtypes[0]
-    own = Own(base_of(host, DTYPES[dtype], settings.device))
-    other = Peer(base_of(host, DTYPES[dtype], settings.device), host) if peer.available() else None
+    base = base_of(host, DTYPES[dtype], settings.device)
+    own, other = Own(share(base)), Peer(share(base), host) if peer.available() else None
+    Own(share(base)).add("imports")  # what the libraries load on first use is no part of attaching
+    if other is not None:
+        Peer(share(base), host).add("imports")
     headings = ("adapters", "attach, ms", "switch, µs", f"{peer.NAME}: add, ms", f"{peer.NAME}: switch, µs")
     table = Table(PART, f"{host.name}, LoRA r8 on all linears; base in {dtype}, {settings.device}", headings)
     attached: list[float] = []
