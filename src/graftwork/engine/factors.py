@@ -90,7 +90,9 @@ def _cached(seat: Seat, groups: list[tuple[int, Factors]]) -> Factors:
     """The joined factors, kept while no tensor changes (nothing trains: gradients are off)."""
     if torch.compiler.is_compiling():
         return _side_by_side([group for _, group in groups])
-    key: tuple[Any, ...] = tuple((g.down.data_ptr(), g.down._version, g.up.data_ptr(), g.up._version) for _, g in groups)
+    key: tuple[Any, ...] = tuple(
+        (g.down.data_ptr(), g.down._version, g.up.data_ptr(), g.up._version) for _, g in groups
+    )
     found = seat.stacked.get("route")
     if found is None or found[0] != key:
         found = (key, _side_by_side([group for _, group in groups]))

@@ -121,7 +121,7 @@ class QuantisedOperation(LinearOperation):
     def dense(self, module: nn.Module, x: Tensor, values: dict[str, Tensor]) -> Tensor:
         stored = stored_parameter(module, "weight")
         assert stored is not None
-        weight = values.get("weight", None)
+        weight = values.get("weight")
         weight = dequantised(module, stored) if weight is None else weight
         bias = values.get("bias", module._parameters.get("bias"))
         return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
