@@ -104,7 +104,9 @@ def _mask(frame: Frame, slots: Slots, mask: Any, hidden: Tensor) -> Any:
     if slots.mask is None:
         from transformers import masking_utils
 
-        make: Any = masking_utils.create_causal_mask if slots.causal else masking_utils.create_bidirectional_mask
+        make: Any = (
+            masking_utils.create_causal_mask if slots.causal else masking_utils.create_bidirectional_mask
+        )
         options = {"past_key_values": None} if slots.causal else {}
         rows = wide_mask(None, layout, hidden.shape[1] - layout.length, slots.causal, True)
         slots.mask = make(config=frame.config, inputs_embeds=hidden, attention_mask=rows, **options)
