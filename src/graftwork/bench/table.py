@@ -85,7 +85,7 @@ def goal_rows(tables: Sequence[Table]) -> list[tuple[str, ...]]:
 
 
 def _with_unit(value: float | None, unit: str) -> str:
-    return "" if value is None else f"{value:.4g} {unit}".rstrip()
+    return "" if value is None else f"{value:.5g} {unit}".rstrip()
 
 
 GOAL_HEADINGS = ("part", "goal", "figure", "at most", "")
