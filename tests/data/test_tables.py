@@ -5,7 +5,7 @@ import csv
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from graftwork.data.readers import read_rows
@@ -43,6 +43,7 @@ def test_csv_returns_what_was_written(folder, records):
 
 @FAST
 @given(records=tables(PLAIN))
+@example(records=[("\x85",)])  # a separator of Unicode, not of files
 def test_tsv_returns_what_was_written_quotes_and_all(folder, records):
     path = folder / "t.tsv"
     path.write_text("".join("\t".join(record) + "\n" for record in records), encoding="utf-8", newline="")

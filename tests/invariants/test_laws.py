@@ -20,6 +20,7 @@ def cases() -> dict[str, Technique]:
     """One smallest useful row per technique, and the variants whose cards differ."""
     return {
         "lora": gw.LoRA(rank=2, alpha=4),
+        "dora": gw.DoRA(rank=2, alpha=4),
         "lora-everywhere": gw.LoRA(rank=2, workspaces=("all-linear|conv",)),
         "bottleneck-adapter": gw.BottleneckAdapter(width=4),
         "parallel-adapter": gw.BottleneckAdapter.parallel(width=4),

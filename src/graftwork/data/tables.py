@@ -43,7 +43,7 @@ def text_of(path: Path) -> str:
         raise BadData(
             f"{path}: line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}). Convert the file to UTF-8."
         ) from None
-    if not text.strip():
+    if not text.strip(" \t\r\n"):
         raise BadData(f"{path} is empty")
     return text
 

@@ -8,9 +8,14 @@ base, so a module casts its own (small) tensors to the signal, never the signal 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from graftwork.engine.below import Below
 
 
 class WeightModule(nn.Module):
@@ -18,6 +23,8 @@ class WeightModule(nn.Module):
 
     `effective` must be differentiable and pure; the engine calls it with an fp32 or compute-precision matrix and
     uses the result in the host's own operation. Merging calls it in fp32.
+
+    A module that knows a cheaper way than through a dense weight says so by `answer`; linear layers then ask it.
     """
 
     def effective(self, weight: Tensor, base: Tensor) -> Tensor:
@@ -27,6 +34,13 @@ class WeightModule(nn.Module):
     def effective_bias(self, bias: Tensor, base: Tensor) -> Tensor:
         """The new bias (O,). `bias` is what earlier modules of the stack made of `base`."""
         return bias
+
+    def answer(self, x: Tensor, below: Below) -> Tensor:
+        """What a linear layer answers to x (..., I), bias included: the same as with `effective(below.matrix())`.
+
+        `below(x)` is the answer without this module.
+        """
+        raise NotImplementedError
 
 
 class DeltaModule(WeightModule):
@@ -38,6 +52,10 @@ class DeltaModule(WeightModule):
 
     def effective(self, weight: Tensor, base: Tensor) -> Tensor:
         return weight + self.delta().to(weight.dtype)
+
+    def added(self, x: Tensor) -> Tensor:
+        """x deltaᵀ, (..., O) for x (..., I), without forming the delta; override where that is cheaper."""
+        raise NotImplementedError
 
 
 class LowRankModule(DeltaModule):

@@ -32,6 +32,10 @@ class Operation:
         """Whether a low-rank delta can be run by its factors here."""
         return False
 
+    def linear(self, module: nn.Module, base: type) -> bool:
+        """Whether the answer to x (..., I) is x Wᵀ + b, so that a module may answer without a dense weight."""
+        return False
+
     def packed(self, module: nn.Module) -> bool:
         """Whether the weight is stored in a packed form that `forward` cannot be handed a substitute for."""
         return False
@@ -61,6 +65,9 @@ class LinearOperation(Operation):
     """`nn.Linear` and its subclasses."""
 
     def thin(self, module: nn.Module, base: type) -> bool:
+        return True
+
+    def linear(self, module: nn.Module, base: type) -> bool:
         return True
 
     def weight(self, module: nn.Module, base: type) -> Tensor | None:

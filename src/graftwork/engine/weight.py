@@ -8,13 +8,15 @@ W' in place of W. Low-rank deltas at the end of the stack are run by their facto
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from graftwork.engine import channels, factors, split
-from graftwork.engine.modules import LowRankModule, WeightModule
+from graftwork.engine.below import Below
+from graftwork.engine.factors import Factors
+from graftwork.engine.modules import DeltaModule, LowRankModule, WeightModule
 from graftwork.engine.operations import Operation, operation_of
 from graftwork.engine.seat import Graft, Seat, stored_parameter
 from graftwork.errors import StateError
@@ -52,20 +54,105 @@ def run(
 def dense_or_thin(
     module: nn.Module, seat: Seat, base: type, running: Running, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """One stack for the whole batch: dense modules by their effective weight, what follows by its factors."""
+    """One stack for the whole batch: up to the last module that needs a dense weight by the effective weight, what
+    follows by its factors or by its own answer."""
     operation = operation_of(base)
     grafts = flat(running)
-    first_thin = len(grafts)
-    if operation.thin(module, base):
-        while first_thin and is_thin(grafts[first_thin - 1]):
-            first_thin -= 1
-    if first_thin == 0:
-        return _thin(operation, module, seat, base, running, args, kwargs)
-    out = _dense(operation, module, seat, base, grafts[:first_thin], args, kwargs)
-    if first_thin < len(grafts):
-        rest = factors.of_stack(grafts[first_thin:], module.training)
-        out = operation.add(module, base, args[0] if args else next(iter(kwargs.values())), out, rest)
-    return out
+    fast = len(grafts)
+    while fast and _runs_without_weight(operation, module, base, grafts[fast - 1]):
+        fast -= 1
+    above = grafts[fast:]
+    if all(is_thin(graft) for graft in above):
+        if fast == 0:
+            return _thin(operation, module, seat, base, running, args, kwargs)
+        out = _dense(operation, module, seat, base, grafts[:fast], args, kwargs)
+        if above:
+            rest = factors.of_stack(above, module.training)
+            out = operation.add(module, base, args[0] if args else next(iter(kwargs.values())), out, rest)
+        return out
+    x = args[0] if args else next(iter(kwargs.values()))
+    return _answer(operation, module, seat, base, grafts[:fast], above, x)
+
+
+def _runs_without_weight(operation: Operation, module: nn.Module, base: type, graft: Graft) -> bool:
+    if is_thin(graft):
+        return operation.thin(module, base)
+    return answers(graft) and operation.linear(module, base)
+
+
+def _answer(
+    operation: Operation,
+    module: nn.Module,
+    seat: Seat,
+    base: type,
+    dense: tuple[Graft, ...],
+    above: tuple[Graft, ...],
+    x: Tensor,
+) -> Tensor:
+    """Modules one on another, each asked with what lies beneath it."""
+
+    def host(signal: Tensor) -> Tensor:
+        if dense:
+            return _dense(operation, module, seat, base, dense, (signal,), {})  # type: ignore[no-any-return]
+        return plain(module, seat, base, (signal,), {})  # type: ignore[no-any-return]
+
+    def with_low_rank(signal: Tensor, group: Factors) -> Tensor:
+        fused = None if dense else operation.fused(module, base, signal, (group,))
+        return operation.add(module, base, signal, host(signal), (group,)) if fused is None else fused
+
+    def matrix_under(count: int) -> Callable[[], Tensor]:
+        def read() -> Tensor:
+            stored = stored_parameter(module, "weight")
+            assert stored is not None
+            start = operation.matrix(module, stored)
+            return fold(start, [g for g in (*dense, *above[:count]) if changes_weight(g)])
+
+        return read
+
+    bias = values(module, seat, dense, ("bias",)).get("bias", module._parameters.get("bias"))
+    bare = not dense and base.forward is nn.Linear.forward  # type: ignore[attr-defined]
+    below = Below(host, with_low_rank, matrix_under(0), bias, bare)
+    for number, graft in enumerate(above):
+        if number == len(above) - 1:
+            return one_answer(graft, x, below, module.training)
+        below = _over(operation, module, base, graft, below, matrix_under(number + 1))
+    raise AssertionError("no module to ask")
+
+
+def _over(
+    operation: Operation,
+    module: nn.Module,
+    base: type,
+    graft: Graft,
+    below: Below,
+    matrix: Callable[[], Tensor],
+) -> Below:
+    """The operation with one more module of the stack."""
+    training = module.training
+
+    def product(signal: Tensor) -> Tensor:
+        return one_answer(graft, signal, below, training)
+
+    def with_low_rank(signal: Tensor, group: Factors) -> Tensor:
+        return operation.add(module, base, signal, product(signal), (group,))
+
+    return Below(product, with_low_rank, matrix, below.bias, False)
+
+
+def one_answer(graft: Graft, x: Tensor, below: Below, training: bool) -> Tensor:
+    """What one module makes of what lies beneath it."""
+    if is_thin(graft):
+        (group,) = factors.of_stack((graft,), training)
+        return below.with_low_rank(x, group)
+    own: Any = graft.module
+    if graft.site.channels is not None:  # a part of a fused projection: the other channels stay
+        whole = below(x)
+        delta = own.added(x).to(whole.dtype)
+        mine = channels.take(whole, graft.site.channels, -1)
+        return channels.put(whole, mine + delta, graft.site.channels, -1)
+    if type(own).answer is not WeightModule.answer:
+        return own.answer(x, below)  # type: ignore[no-any-return]
+    return below.plus(x, own.added(x))
 
 
 def _thin(
@@ -167,6 +254,15 @@ def changes_bias(graft: Graft) -> bool:
     """Whether the module touches the bias."""
     kind: Any = type(graft.module)
     return kind.effective_bias is not WeightModule.effective_bias
+
+
+def answers(graft: Graft) -> bool:
+    """Whether the module can answer for a linear layer without a dense weight."""
+    kind: Any = type(graft.module)
+    if not issubclass(kind, WeightModule) or graft.site.batch or changes_bias(graft):
+        return False
+    adds = issubclass(kind, DeltaModule) and kind.added is not DeltaModule.added
+    return adds or (kind.answer is not WeightModule.answer and graft.site.channels is None)
 
 
 def is_thin(graft: Graft) -> bool:

@@ -1,0 +1,57 @@
+"""Rescaling an answer channel by channel, kept for backward by its result.
+
+    out = c (y - b) + b
+
+The gradient of c reads y - b = (out - b) / c, and `out` is what the next operation of the host keeps anyhow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from graftwork.engine.lowrank import any_tracked, outside_autocast, traced
+
+
+def rescaled(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """c (y - b) + b for an answer y (..., O), c = `factor` (O,) and b = `bias` (O,).
+
+    A channel whose factor is exactly 0 gets no gradient for it.
+    """
+    if traced():
+        centred = y if bias is None else y - bias.to(y.dtype)
+        scaled = centred * factor.to(y.dtype)
+        return scaled if bias is None else scaled + bias.to(y.dtype)
+    if not (torch.is_grad_enabled() and any_tracked(y, factor)):
+        return _product(y, factor, bias)
+    answer: Tensor = _Rescaled.apply(y, factor, bias)
+    return answer
+
+
+def _product(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    out = y * factor.to(y.dtype)
+    return out if bias is None else out.add_(((1 - factor) * bias).to(y.dtype))
+
+
+class _Rescaled(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+        out = _product(y, factor, bias)
+        ctx.save_for_backward(out, factor, bias)
+        return out
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        out, factor, bias = ctx.saved_tensors
+        dfactor = None
+        if ctx.needs_input_grad[1]:
+            flat = dy.reshape(-1, dy.shape[-1])
+            products = torch.einsum("no,no->o", flat, out.reshape(flat.shape).to(dy.dtype)).to(factor.dtype)
+            if bias is not None:
+                products = products - flat.sum(0).to(factor.dtype) * bias.to(factor.dtype)
+            dfactor = torch.where(factor == 0, 0.0, products / factor)
+        return dy * factor.to(dy.dtype), dfactor, None

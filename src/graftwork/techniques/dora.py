@@ -1,0 +1,91 @@
+"""DoRA: train magnitude and direction of each row of a matrix apart (Liu et al. 2024, arXiv:2402.09353).
+
+V = W + s B A, and W' = m V / |V| with one norm for each output channel. m starts as the norms of W and B at zero, so
+attaching changes no output. The norm counts as a constant in the gradient (the paper, section 4.3). The bias of the
+host is added after rescaling.
+
+It is never formed: |V_o|^2 = |W_o|^2 + 2 s B_o (W A^T)_o + s^2 B_o (A A^T) B_o^T, with |W_o|^2 computed once, and the
+answer is (m / |V|) (W x + s B A x). A channel whose row of W is all zeros keeps magnitude 0 and learns nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graftwork.engine.below import Below
+from graftwork.engine.modules import WeightModule
+from graftwork.engine.rescaled import rescaled
+from graftwork.reference.card import Card
+from graftwork.reference.catalogue import register
+from graftwork.reference.site import Kind, Site
+from graftwork.techniques.lora import LoRA
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class DoRA(LoRA):
+    """LoRA on the direction of each row, and a trained length for it; options as LoRA's."""
+
+    published: ClassVar[Card] = replace(
+        LoRA.published,
+        formula="W' = m (W + (alpha / rank) B A) / |W + (alpha / rank) B A|, row by row",
+        parameters="rank (in + out) + out per matrix",
+        citation="Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353",
+    )
+
+    def fits(self, site: Site) -> bool:
+        return super().fits(site) and site.kind is not Kind.EMBEDDING and site.matrix is not None
+
+    def build(self, site: Site) -> nn.Module:
+        return Decomposed(site, self.rank, self.scale, self.dropout)
+
+
+class Decomposed(WeightModule):
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        assert site.matrix is not None
+        bound = 1 / math.sqrt(site.width_in)
+        self.down = nn.Parameter(torch.empty(*site.batch, rank, site.width_in).uniform_(-bound, bound))
+        self.up = nn.Parameter(torch.zeros(*site.batch, site.width_out, rank))
+        lengths = torch.full(site.shape[:-1], math.nan) if site.device.type == "meta" else None
+        self.magnitude = nn.Parameter(_squares(site.matrix()).sqrt() if lengths is None else lengths)
+        self.scale, self.dropout = scale, dropout
+        self._known: tuple[tuple[int, int], Tensor] | None = None
+
+    def effective(self, weight: Tensor, base: Tensor) -> Tensor:
+        v = weight + (self.scale * (self.up @ self.down)).to(weight.dtype)
+        factor = self.magnitude / _squares(v.detach()).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        return v * factor.unsqueeze(-1).to(weight.dtype)
+
+    def answer(self, x: Tensor, below: Below) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        y = below.low_rank(x, self.down, self.up, self.scale, dropout)
+        return rescaled(y, self.magnitude / self._lengths(below), below.bias)
+
+    @torch.no_grad()
+    def _lengths(self, below: Below) -> Tensor:
+        """|V| row by row (O,), from the norms of W and the factors."""
+        weight, up = below.matrix(), self.scale * self.up
+        crossed = (weight @ self.down.to(weight.dtype).mT).to(up.dtype)
+        squares = self._squares_of(weight, below.bare) + 2 * (up * crossed).sum(-1)
+        squares = squares + ((up @ (self.down @ self.down.mT)) * up).sum(-1)
+        return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
+    def _squares_of(self, weight: Tensor, frozen: bool) -> Tensor:
+        if not frozen or torch.compiler.is_compiling():
+            return _squares(weight)
+        key = weight.data_ptr(), weight._version
+        if self._known is None or self._known[0] != key:
+            self._known = key, _squares(weight)
+        return self._known[1]
+
+
+def _squares(weight: Tensor) -> Tensor:
+    """Squared norms of the rows of (..., O, I), summed in fp32 or better."""
+    wide = weight.float() if weight.element_size() < 4 else weight
+    return wide.square().sum(-1)
