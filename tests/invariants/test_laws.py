@@ -36,6 +36,10 @@ def cases() -> dict[str, Technique]:
         "norm-tuning": gw.NormTuning(),
         "ssf": gw.SSF(),
         "fine-tuning": gw.FineTuning(),
+        "oft": gw.OFT(block=4),
+        "oft-series": gw.OFT(block=8, terms=5, one_block=True),
+        "hra": gw.HRA(rank=4),
+        "boft": gw.BOFT(block=4, butterflies=2),
     }
 
 

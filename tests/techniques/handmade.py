@@ -105,7 +105,14 @@ EXPERTS = Site(
     width_out=WIDTH,
     matrix=lambda: values(3, WIDTH, WIDE),
 )
+# What some techniques must be told, or need at the narrow sites here.
+NEEDS: dict[str, dict[str, int]] = {"oft": {"block": 4}}
 HOMES: dict[str, Site] = {"sequence": STACK, "attention": ATTENTION, "hidden": FEEDFORWARD, "weight": QUERY}
+
+
+def smallest(kind: type[Technique]) -> Technique:
+    """The technique with its defaults, as far as they can be had at the sites here."""
+    return kind(**NEEDS.get(kind.name, {}))
 
 
 def build(technique: Technique, sites: Sequence[Site]) -> list[nn.Module]:
