@@ -16,6 +16,7 @@ ORDER = (
     "reference",
     "anatomy",
     "engine",
+    "optimizers",
     "techniques",
     "adapters",
     "data",

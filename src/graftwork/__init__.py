@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from graftwork.engine.lean_host import lean
     from graftwork.engine.merging import merge, unmerge
     from graftwork.engine.verbs import active, adapters, route, trainable
+    from graftwork.optimizers.galore import GaLore
+    from graftwork.optimizers.natural_galore import NaturalGaLore
     from graftwork.reference.card import Card
     from graftwork.reference.catalogue import make, register, techniques
     from graftwork.reference.site import Site
@@ -35,6 +37,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "graftwork.engine.adapter",
     "Card": "graftwork.reference.card",
+    "GaLore": "graftwork.optimizers.galore",
+    "NaturalGaLore": "graftwork.optimizers.natural_galore",
     "Site": "graftwork.reference.site",
     "Technique": "graftwork.reference.technique",
     "active": "graftwork.engine.verbs",
