@@ -17,6 +17,7 @@ from torch import Tensor
 from graftwork.engine import channels
 from graftwork.engine.modules import LowRankModule
 from graftwork.engine.route import Route
+from graftwork.engine.routed import Stack
 from graftwork.engine.seat import Graft, Seat
 
 if TYPE_CHECKING:
@@ -60,8 +61,87 @@ def of_route(
             for n, g in groups
         )
     owner = torch.tensor([n for n, g in groups for _ in range(g.down.shape[0])], device=x.device)
-    joined = _cached(seat, groups) if not torch.is_grad_enabled() else _side_by_side([g for _, g in groups])
+    joined = _side_by_side([group for _, group in groups])
     return (Factors(joined.down, joined.up, joined.scale, 0.0, index == owner),)
+
+
+def stack_of_route(
+    seat: Seat, running: tuple[tuple[str, tuple[Graft, ...]], ...], dtype: torch.dtype
+) -> tuple[Stack, float] | None:
+    """The factors of all adapters of the route, one padded pair each, and their common dropout; None without one.
+
+    Without gradients the stack is kept, in the precision of the signal, while no tensor of it changes.
+    """
+    route = seat.state.route
+    assert route is not None
+    training = running[0][1][0].module.training
+    groups = {name: [_one(graft, training) for graft in grafts] for name, grafts in running}
+    rates = {group.dropout for here in groups.values() for group in here}
+    if len(rates) != 1:
+        return None
+    dropout = rates.pop()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _stacked(groups, route.names, None), dropout
+    stack = _stacked(groups, route.names, dtype)
+    seat.kept_stack = Kept(route.names, dtype, training, seat.ports, _entries(running), stack, dropout)
+    return stack, dropout
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A stack of factors and what it was made of; it stands while none of that changes.
+
+    Attributes:
+        ports: the grafts of the seat (replaced, never mutated).
+        entries: (dictionary of a module, name, tensor, its memory, its version) of each tensor read.
+    """
+
+    names: tuple[str, ...]
+    dtype: torch.dtype
+    training: bool
+    ports: object
+    entries: tuple[tuple[dict[str, Tensor | None], str, Tensor, int, int], ...]
+    stack: Stack
+    dropout: float
+
+    def stands(self, seat: Seat, names: tuple[str, ...], dtype: torch.dtype, training: bool) -> bool:
+        """Whether it is still what the seat's modules amount to."""
+        same = self.names == names and self.dtype is dtype and self.training is training
+        return (
+            same
+            and self.ports is seat.ports
+            and all(
+                held.get(name) is tensor and tensor._version == version and tensor.data_ptr() == memory
+                for held, name, tensor, memory, version in self.entries
+            )
+        )
+
+
+def _entries(
+    running: tuple[tuple[str, tuple[Graft, ...]], ...],
+) -> tuple[tuple[dict[str, Tensor | None], str, Tensor, int, int], ...]:
+    tables: list[dict[str, Any]] = [
+        table
+        for _, grafts in running
+        for graft in grafts
+        for module in graft.module.modules()
+        for table in (module._parameters, module._buffers)
+    ]
+    return tuple(
+        (table, name, tensor, tensor.data_ptr(), tensor._version)
+        for table in tables
+        for name, tensor in table.items()
+        if tensor is not None
+    )
+
+
+def _stacked(groups: dict[str, list[Factors]], names: tuple[str, ...], dtype: torch.dtype | None) -> Stack:
+    joined = {name: here[0] if len(here) == 1 else _side_by_side(here) for name, here in groups.items()}
+    return Stack.of([_triple(joined.get(name)) for name in names], dtype)
+
+
+def _triple(group: Factors | None) -> tuple[Tensor, Tensor, float] | None:
+    return None if group is None else (group.down, group.up, group.scale)
 
 
 def laid_out(route: Route, x: Tensor, operation: Operation) -> Tensor:
@@ -84,17 +164,3 @@ def _side_by_side(groups: list[Factors]) -> Factors:
     down = torch.cat([group.down for group in groups])
     up = torch.cat([group.up * group.scale for group in groups], dim=1)
     return Factors(down, up, 1.0)
-
-
-def _cached(seat: Seat, groups: list[tuple[int, Factors]]) -> Factors:
-    """The joined factors, kept while no tensor changes (nothing trains: gradients are off)."""
-    if torch.compiler.is_compiling():
-        return _side_by_side([group for _, group in groups])
-    key: tuple[Any, ...] = tuple(
-        (g.down.data_ptr(), g.down._version, g.up.data_ptr(), g.up._version) for _, g in groups
-    )
-    found = seat.stacked.get("route")
-    if found is None or found[0] != key:
-        found = (key, _side_by_side([group for _, group in groups]))
-        seat.stacked = {"route": found}
-    return found[1]

@@ -8,6 +8,7 @@ base, so a module casts its own (small) tensors to the signal, never the signal 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,3 +136,9 @@ def activation(name: str) -> nn.Module:
 def zeros(*shape: int) -> nn.Parameter:
     """A trainable tensor of zeros."""
     return nn.Parameter(torch.zeros(*shape))
+
+
+def uniform(*shape: int) -> nn.Parameter:
+    """A trainable matrix (..., R, C) drawn from +-1/sqrt(C): Kaiming-uniform with a = sqrt 5."""
+    bound = 1 / math.sqrt(shape[-1])
+    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))

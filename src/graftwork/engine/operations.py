@@ -32,6 +32,10 @@ class Operation:
         """Whether a low-rank delta can be run by its factors here."""
         return False
 
+    def direct(self, module: nn.Module, base: type) -> Tensor | None:
+        """The (O, I) weight where the whole operation is x Wᵀ + b with it, else None."""
+        return None
+
     def linear(self, module: nn.Module, base: type) -> bool:
         """Whether the answer to x (..., I) is x Wᵀ + b, so that a module may answer without a dense weight."""
         return False
@@ -76,9 +80,13 @@ class LinearOperation(Operation):
             return None
         return module._parameters.get("weight")
 
-    def fused(self, module: nn.Module, base: type, x: Tensor, groups: tuple[Factors, ...]) -> Tensor | None:
+    def direct(self, module: nn.Module, base: type) -> Tensor | None:
         weight = self.weight(module, base)
-        if weight is None or weight.is_meta or not weight.is_floating_point():
+        return None if weight is None or weight.is_meta or not weight.is_floating_point() else weight
+
+    def fused(self, module: nn.Module, base: type, x: Tensor, groups: tuple[Factors, ...]) -> Tensor | None:
+        weight = self.direct(module, base)
+        if weight is None:
             return None
         first, *rest = groups
         y = low_rank_linear(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from graftwork.engine.routed import Rows
 from graftwork.errors import RouteError
 
 
@@ -26,6 +27,8 @@ class Route:
         self.index = _checked(self.names, index)
         self.per_token = index.dim() == 2
         self._fitted: dict[tuple[int, int | None], Tensor] = {}
+        self._laid: dict[tuple[int, int | None], Rows] = {}
+        self._laid_first = Rows.of(self.index, len(self.names))
         self._rows: dict[tuple[int, int | None, str], Tensor] = {}
         self._bare = bool((self.index < 0).any())
         self._used = {name: i for i, name in enumerate(self.names) if bool((self.index == i).any())}
@@ -50,6 +53,18 @@ class Route:
         found = self._fitted.get(key)
         if found is None:
             found = self._fitted[key] = self._lay_out(batch, tokens)
+        return found
+
+    def layout(self, batch: int, tokens: int | None) -> Rows | None:
+        """The route laid out for a signal as `fit` does it, prepared once; None where compiling cannot prepare it."""
+        if batch == self.index.shape[0] and (not self.per_token or tokens == self.index.shape[1]):
+            return self._laid_first
+        if torch.compiler.is_compiling():
+            return None
+        key = (batch, tokens if self.per_token else None)
+        found = self._laid.get(key)
+        if found is None:
+            found = self._laid[key] = Rows.of(self.fit(batch, tokens), len(self.names))
         return found
 
     def rows(self, name: str, batch: int, tokens: int | None) -> Tensor:

@@ -7,7 +7,7 @@ K adapters of one padded rank R, B rows of T tokens. Four ways, all equal to tha
 
 - even: rows in equal runs, adapter after adapter: one batched product per factor, nothing copied.
 - gathered: long rows, (K - 1) T >= 64: factors copied per row (R (I + O) elements), batched products.
-- grouped: short rows, no gradients, (K - 1) B >= 256 bytes of an element: rows put into groups padded to the
+- grouped: short rows, no gradients, (K - 1) B >= 1024 bytes of an element: rows put into groups padded to the
   largest, if that at most doubles them.
 - masked: anything else, and per token: all factors side by side and a mask over the K R inner coordinates,
   so K times the thin products.
@@ -27,7 +27,7 @@ from torch.nn import functional
 from graftwork.engine.lowrank import low_rank_linear
 from graftwork.errors import RouteError
 
-_COPY_PAYS, _GROUPING_PAYS = 64, 256
+_COPY_PAYS, _GROUPING_PAYS = 64, 1024
 
 
 @dataclass(frozen=True)

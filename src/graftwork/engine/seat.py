@@ -67,7 +67,7 @@ class Seat:
         saving: `save_pretrained` is running.
         slow_path: handle of the hook that keeps torch's encoder layer from skipping this module.
         touched: ports the host came by since the last check.
-        stacked: concatenated factors of several adapters, kept while nothing trains.
+        kept_stack: the factors of a route's adapters as one stack, kept while nothing trains.
     """
 
     def __init__(self, state: State, path: str) -> None:
@@ -89,7 +89,10 @@ class Seat:
         self.saving = False
         self.slow_path: Any = None
         self.touched: frozenset[Port] = frozenset()
-        self.stacked: dict[Any, Any] = {}
+        self.kept_stack: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept_stack": None}
 
     def touch(self, port: Port) -> None:
         """Note that the host came by this port (looked at after the first forward only)."""

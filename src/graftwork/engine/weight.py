@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from graftwork.engine import channels, factors, split
 from graftwork.engine.below import Below
 from graftwork.engine.factors import Factors
+from graftwork.engine.lowrank import compute_dtype
 from graftwork.engine.modules import DeltaModule, LowRankModule, WeightModule
 from graftwork.engine.operations import Operation, operation_of
+from graftwork.engine.routed import low_rank_routed
 from graftwork.engine.seat import Graft, Seat, stored_parameter
 from graftwork.errors import StateError
 
@@ -44,6 +47,8 @@ def run(
     """The host's forward with the effective weight of the running adapters."""
     operation = operation_of(base)
     if seat.state.route is not None:
+        if seat.kept_stack is not None and (out := _as_before(module, seat, base, args, kwargs)) is not None:
+            return out
         args, kwargs = split.spread(seat.state.route, args, kwargs)
         if operation.thin(module, base) and all(is_thin(graft) for graft in flat(running)):
             return _thin(operation, module, seat, base, running, args, kwargs)
@@ -166,6 +171,8 @@ def _thin(
 ) -> Any:
     x = args[0] if args else next(iter(kwargs.values()))
     if seat.state.route is not None:
+        if (routed := _routed(operation, module, seat, base, running, x)) is not None:
+            return routed
         groups = factors.of_route(seat, running, x, operation)
     else:
         groups = factors.of_stack(flat(running), module.training)
@@ -173,6 +180,44 @@ def _thin(
     if fused is not None:
         return fused
     return operation.add(module, base, x, plain(module, seat, base, args, kwargs), groups)
+
+
+def _routed(
+    operation: Operation, module: nn.Module, seat: Seat, base: type, running: Running, x: Tensor
+) -> Tensor | None:
+    """A routed linear layer by the cheapest of its forms; None where only the masked one fits."""
+    weight, route = operation.direct(module, base), seat.state.route
+    assert route is not None
+    if weight is None:
+        return None
+    rows = route.layout(x.shape[0], operation.tokens(x))
+    if rows is None or rows.index.shape != x.shape[: rows.index.dim()]:
+        return None
+    found = factors.stack_of_route(seat, running, compute_dtype(x))
+    if found is None:
+        return None
+    stack, dropout = found
+    return low_rank_routed(x, weight, module._parameters.get("bias"), stack, rows, dropout=dropout)
+
+
+def _as_before(
+    module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """A routed linear layer by the stack of the call before, None where it no longer stands."""
+    route, kept = seat.state.route, seat.kept_stack
+    assert route is not None
+    assert kept is not None
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(args) != 1 or kwargs:
+        return None
+    x = args[0]
+    operation = operation_of(base)
+    rows = route.layout(x.shape[0], operation.tokens(x))
+    if rows is None or rows.index.shape != x.shape[: rows.index.dim()]:
+        return None
+    if not kept.stands(seat, route.names, compute_dtype(x), module.training):
+        return None
+    weight, bias = operation.direct(module, base), module._parameters.get("bias")
+    return low_rank_routed(x, weight, bias, kept.stack, rows, dropout=kept.dropout)
 
 
 def _dense(
