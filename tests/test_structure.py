@@ -17,6 +17,7 @@ ORDER = (
     "anatomy",
     "engine",
     "optimizers",
+    "objectives",
     "techniques",
     "adapters",
     "data",

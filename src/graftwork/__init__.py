@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from graftwork import objectives as objectives
     from graftwork.adapters.convert import convert
     from graftwork.adapters.store import load, save
     from graftwork.analysis.cost import cost
@@ -62,6 +63,8 @@ _HOMES = {
     "unmerge": "graftwork.engine.merging",
 }
 
+_FOLDERS = frozenset({"objectives"})
+
 
 def _public(name: str) -> Any:
     home, _, there = _HOMES[name].partition(":")
@@ -88,6 +91,8 @@ sys.modules[__name__].__class__ = _Package
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return _public(name)
+    if name in _FOLDERS:
+        return importlib.import_module(f"graftwork.{name}")
     if name.startswith("_"):
         raise AttributeError(name)
     from graftwork.reference.catalogue import techniques
@@ -101,4 +106,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from graftwork.reference.catalogue import techniques
 
-    return sorted([*_HOMES, *(kind.__name__ for kind in techniques().values())])
+    return sorted([*_HOMES, *_FOLDERS, *(kind.__name__ for kind in techniques().values())])
