@@ -106,7 +106,14 @@ EXPERTS = Site(
     matrix=lambda: values(3, WIDTH, WIDE),
 )
 # What some techniques must be told, or need at the narrow sites here.
-NEEDS: dict[str, dict[str, int]] = {"oft": {"block": 4}}
+NEEDS: dict[str, dict[str, int]] = {
+    "oft": {"block": 4},
+    "adalora": {"total_steps": 10},
+    "miss": {"rank": 8},
+    "shira": {"rank": 4},
+    "fourierft": {"count": 40},
+    "randlora": {"rank": 6},
+}
 HOMES: dict[str, Site] = {"sequence": STACK, "attention": ATTENTION, "hidden": FEEDFORWARD, "weight": QUERY}
 
 

@@ -1,0 +1,77 @@
+"""MiSS: one small matrix for all shards of the input (Kang and Yin 2024, arXiv:2409.15371, first named Bone).
+
+The input is cut into groups of `rank` channels, the last padded with zeros; the groups are summed and multiplied by
+D (rank, out): delta[:, j] = D[j mod rank]. D starts at zero, so attaching changes no output. Backward needs the sums
+alone, `rank` numbers per token, and not the input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from graftwork.engine.modules import DeltaModule, zeros
+from graftwork.errors import BadOption
+from graftwork.reference.card import Card
+from graftwork.reference.catalogue import register
+from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
+from graftwork.reference.site import Kind, Site
+from graftwork.reference.technique import AtLeast, Technique
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class MiSS(Technique):
+    """Update each chosen matrix by one small matrix, repeated along the input.
+
+    Args:
+        rank: input channels per group; at most the input width.
+    """
+
+    published: ClassVar[Card] = Card(
+        intra_connectivity=IntraConnectivity.LINEAR,
+        adaptation=Adaptation.REPARAMETERISATION,
+        input=Input.HIDDEN,
+        insertion=Insertion.PARALLEL,
+        integration=Integration.DIRECT_ADDITION,
+        workspaces=("attention.query|attention.qkv|ssm.in|conv|linear", "attention.value?|ssm.out?"),
+        linear=True,
+        identity_at_init=True,
+        formula="y = W x + D^T (x_1 + x_2 + ...), x_g the groups of `rank` channels",
+        parameters="rank out per matrix",
+        citation="Kang and Yin 2024, MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing "
+        "Structure, arXiv:2409.15371",
+    )
+
+    rank: Annotated[int, AtLeast(1)] = 64
+
+    def fits(self, site: Site) -> bool:
+        return site.weighted and site.kind not in (Kind.NORM, Kind.EMBEDDING)
+
+    def build(self, site: Site) -> nn.Module:
+        if self.rank > site.width_in:
+            raise BadOption(
+                f"{self.name}: rank={self.rank} is above the {site.width_in} input channels of {site.key}; "
+                f"take at most {site.width_in}"
+            )
+        return Shards(site, self.rank)
+
+
+class Shards(DeltaModule):
+    def __init__(self, site: Site, rank: int) -> None:
+        super().__init__()
+        self.block = zeros(*site.batch, rank, site.width_out)
+        self.width_in = site.width_in
+
+    def delta(self) -> Tensor:
+        rank = self.block.shape[-2]
+        groups = -(-self.width_in // rank)
+        return self.block.mT.repeat(*(1 for _ in self.block.shape[:-1]), groups)[..., : self.width_in]
+
+    def added(self, x: Tensor) -> Tensor:
+        rank = self.block.shape[-2]
+        grouped = functional.pad(x, (0, -self.width_in % rank)).unflatten(-1, (-1, rank))
+        return grouped.sum(-2) @ self.block.to(x.dtype)
