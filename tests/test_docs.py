@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +23,14 @@ from graftwork.data import embedded
 from graftwork.models.hosts import HOSTS
 from graftwork.reference import catalogue
 from graftwork.tasks.registry import tasks
+from graftwork.training.optimizer import KINDS
 from graftwork.training.recipe import Data, FileLayout, Model, Recipe, Training
 from graftwork.training.yaml import parse
 from pages import FRONT, PAGES, ROOT, anchors, blocks, links, rows, run, title
 
 DOCS = ROOT / "docs"
 TRAINING = DOCS / "training.md"
+OPTIMIZERS = DOCS / "optimizers.md"
 SECTIONS: dict[str, type[pydantic.BaseModel]] = {
     "": Recipe,
     "model.": Model,
@@ -128,7 +132,16 @@ def test_every_example_is_listed_and_reads() -> None:
         Recipe.load(recipe)
 
 
-@pytest.mark.parametrize("block", blocks(TRAINING, "yaml"))
+def test_every_option_of_the_optimizers_is_listed_with_its_default() -> None:
+    table = {row[0].strip("`"): row[1].strip("`") for row in rows(OPTIMIZERS)}
+    for kind in KINDS.values():
+        for key, option in inspect.signature(kind).parameters.items():
+            if key not in ("params", "svd"):
+                assert ast.literal_eval(table[key]) == option.default, key
+        assert table["svd"] == inspect.signature(kind).parameters["svd"].default
+
+
+@pytest.mark.parametrize("block", blocks(TRAINING, "yaml") + blocks(OPTIMIZERS, "yaml"))
 def test_recipes_on_the_page_are_valid(block: str) -> None:
     Recipe.of(parse(block, "the page"))
 

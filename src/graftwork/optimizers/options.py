@@ -25,7 +25,7 @@ def check_group(group: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay"):
         _at_least(group, name, 0)
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise BadOption(f"betas={betas}: take two numbers from 0 to below 1")
     if group.get("rank") is not None:
         _check_low_rank(group)
@@ -40,6 +40,8 @@ def _check_low_rank(group: Mapping[str, Any]) -> None:
     if "damping" in group:
         _above(group, "damping", 0)
         _whole(group, "history", 0)
+        if not isinstance(group["clear_history"], bool):
+            raise BadOption(f"clear_history={group['clear_history']!r}: take True or False")
     for parameter in group["params"]:
         check_rank(parameter, group["rank"], "a parameter")
 
@@ -63,13 +65,17 @@ def check_rank(parameter: Tensor, rank: int, name: str) -> None:
 
 
 def _at_least(group: Mapping[str, Any], name: str, least: float) -> None:
-    if not float(group[name]) >= least:
-        raise BadOption(f"{name}={group[name]}: take a number from {least}")
+    if not (_is_number(group[name]) and group[name] >= least):
+        raise BadOption(f"{name}={group[name]!r}: take a number from {least}")
 
 
 def _above(group: Mapping[str, Any], name: str, bound: float) -> None:
-    if not float(group[name]) > bound:
-        raise BadOption(f"{name}={group[name]}: take a number above {bound}")
+    if not (_is_number(group[name]) and group[name] > bound):
+        raise BadOption(f"{name}={group[name]!r}: take a number above {bound}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | Tensor) and not isinstance(value, bool)
 
 
 def _whole(group: Mapping[str, Any], name: str, least: int) -> None:

@@ -31,6 +31,7 @@ from graftwork.reference.catalogue import make
 from graftwork.reference.technique import Technique
 from graftwork.tasks.registry import make_task
 from graftwork.training import yaml
+from graftwork.training.optimizer import LowRank, make_optimizer
 from graftwork.training.overrides import override
 from graftwork.training.problems import describe
 
@@ -94,6 +95,7 @@ def _listed(value: Any) -> Any:
 
 OneTechnique = Annotated[Named, BeforeValidator(_named), _checked(make)]
 OneTask = Annotated[Named, BeforeValidator(_named), _checked(make_task)]
+OneOptimizer = Annotated[Named, BeforeValidator(_named), _checked(make_optimizer)]
 
 
 class FileLayout(Section):
@@ -138,6 +140,7 @@ class Training(Section):
         lean: the frozen host keeps less for backward: gated feed-forwards, RMS norms, vocabulary loss.
         warmup: share of all steps in which the learning rate rises from zero.
         weight_decay: applies to matrices, never to vectors.
+        optimizer: AdamW, or one of `graftwork.optimizers` with its options; rate and decay stay those above.
         clip: bound of the gradient's norm; 0 does not clip.
         precision: of the arithmetic (autocast); the weights' own is `model.dtype`.
         evaluate_every, save_every: "epoch", a number of steps, or "never".
@@ -157,6 +160,7 @@ class Training(Section):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Share = 0.06
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: OneOptimizer | None = None
     clip: Annotated[float, Field(ge=0)] = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -176,7 +180,13 @@ class Training(Section):
             )
         if self.patience is not None and self.evaluate_every == "never":
             raise ValueError("patience needs evaluations: set evaluate_every")
+        if self.sharding != "none" and self.optimizer is not None and self.optimizer.name != "adamw":
+            raise ValueError(f"{self.optimizer.name} needs whole gradients: set sharding: none")
         return self
+
+    def low_rank(self) -> LowRank | None:
+        """The low-rank optimiser that is asked for; None is AdamW."""
+        return None if self.optimizer is None else make_optimizer(self.optimizer.name, self.optimizer.options)
 
 
 class Recipe(Section):

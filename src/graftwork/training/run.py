@@ -110,6 +110,7 @@ class _Run:
             args=arguments,
             patience=training.patience,
             groups=lambda model: grouped(model, factors(self.adapter, model), training.weight_decay),
+            low_rank=training.low_rank(),
             callbacks=[recorder],
         )
 

@@ -16,6 +16,7 @@ from transformers import PrinterCallback
 from graftwork.tasks.base import IGNORED, Encoded, Task
 from graftwork.training import checkpoints, states
 from graftwork.training.groups import Group
+from graftwork.training.optimizer import LowRank
 from graftwork.training.order import ByLength, lengths
 
 Batch = dict[str, Any]
@@ -40,12 +41,14 @@ class Trainer(transformers.Trainer):
         task: Task,
         groups: Callable[[nn.Module], Sequence[Group]],
         patience: int | None,
+        low_rank: LowRank | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.model: Any
         self.lr_scheduler: Any
         self._task, self._groups, self._patience = task, groups, patience
+        self._low_rank = low_rank
         self._frozen_statistics = [
             m for m in self.model.modules() if getattr(m, "track_running_stats", False)
         ]
@@ -86,16 +89,16 @@ class Trainer(transformers.Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = self._groups(self.model)
             rate = self.args.learning_rate
-            self.optimizer = kind(
-                [
-                    {"params": g.parameters, "lr": rate * g.factor, "weight_decay": g.weight_decay}
-                    for g in groups
-                ],
-                **options,
-            )
+            groups = [
+                {"params": g.parameters, "lr": rate * g.factor, "weight_decay": g.weight_decay}
+                for g in self._groups(self.model)
+            ]
+            if self._low_rank is not None:
+                self.optimizer = self._low_rank.build(self.model, groups)
+            else:
+                kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
