@@ -64,6 +64,7 @@ def page(kind: type[Technique]) -> str:
 
     about = sheet(kind)
     title, _, text = about.text.partition("\n\n")
+    call = f"gw.{about.kind}({kind.example})"
     options = [(f"`{o.name}`", f"`{o.default}`", o.values, o.meaning) for o in about.options]
     parts = [
         f"# {about.kind}",
@@ -71,7 +72,7 @@ def page(kind: type[Technique]) -> str:
         text,
         f"    {about.formula}",
         f"Parameters: {about.parameters}.",
-        f"```python\ngw.attach(model, gw.{about.kind}())\n```\n\n```\ngraftwork techniques {about.name}\n```",
+        f"```python\ngw.attach(model, {call})\n```\n\n```\ngraftwork techniques {about.name}\n```",
         "## Options\n\n" + table(("option", "default", "values", "meaning"), options),
         "## Properties\n\n" + table(("property", "value"), list((about.properties | about.facts).items())),
         f"## Source\n\n{about.citation}",

@@ -78,6 +78,7 @@ class Technique:
 
     published: ClassVar[Card]
     name: ClassVar[str] = "technique"
+    example: ClassVar[str] = ""  # options that must be given, as a page about the technique spells them
 
     workspaces: tuple[str, ...] | None = None
     layers: Layers = "all"
