@@ -77,3 +77,15 @@ def test_two_processes_train_as_one(
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_two_processes_project_gradients_alike(quiet: Path, tmp_path: Path) -> None:
+    optimizer = {"name": "natural-galore", "rank": 2, "refresh_interval": 2, "history": 3, "damping": 0.1}
+    whole = {"technique": {"name": "fine-tuning", "workspaces": ["attention.*", "feedforward.*"]}}
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    tune(Recipe.of({**values(quiet, alone, optimizer=optimizer), **whole}))
+    launch(Recipe.of({**values(quiet, together, optimizer=optimizer), **whole}), tmp_path)
+    assert losses(together) == pytest.approx(losses(alone), abs=2e-5)
+    one, two = (load_file(run / "adapter" / "default.safetensors") for run in (alone, together))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3)
