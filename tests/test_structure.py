@@ -18,6 +18,7 @@ ORDER = (
     "engine",
     "optimizers",
     "objectives",
+    "initialisers",
     "techniques",
     "adapters",
     "data",

@@ -37,10 +37,8 @@ class Factors:
 
 def of_stack(grafts: tuple[Graft, ...], training: bool) -> tuple[Factors, ...]:
     """Groups to run one after another: one for all adapters, or one each where dropout must differ."""
-    if len(grafts) == 1 and grafts[0].site.channels is None:
-        return (_one(grafts[0], training),)
-    groups = [_one(graft, training) for graft in grafts]
-    if any(group.dropout for group in groups):
+    groups = [group for graft in grafts for group in _of(graft, training)]
+    if len(groups) == 1 or any(group.dropout for group in groups):
         return tuple(groups)
     return (_side_by_side(groups),)
 
@@ -54,7 +52,7 @@ def of_route(
     index = laid_out(route, x, operation)
     grafts = [(route.names.index(name), graft) for name, grafts in running for graft in grafts]
     training = grafts[0][1].module.training
-    groups = [(number, _one(graft, training)) for number, graft in grafts]
+    groups = [(number, group) for number, graft in grafts for group in _of(graft, training)]
     if any(group.dropout for _, group in groups):
         return tuple(
             Factors(g.down, g.up, g.scale, g.dropout, (index == n).expand(*index.shape[:-1], g.down.shape[0]))
@@ -75,7 +73,7 @@ def stack_of_route(
     route = seat.state.route
     assert route is not None
     training = running[0][1][0].module.training
-    groups = {name: [_one(graft, training) for graft in grafts] for name, grafts in running}
+    groups = {name: [group for graft in grafts for group in _of(graft, training)] for name, grafts in running}
     rates = {group.dropout for here in groups.values() for group in here}
     if len(rates) != 1:
         return None
@@ -151,13 +149,18 @@ def laid_out(route: Route, x: Tensor, operation: Operation) -> Tensor:
     return index.view(*index.shape, *(1,) * (operation.answer_dims(x) - index.dim()))
 
 
-def _one(graft: Graft, training: bool) -> Factors:
+def _of(graft: Graft, training: bool) -> list[Factors]:
+    """A module's own factors, and what its initialiser took out of the weight (never dropped)."""
     module = graft.module
     assert isinstance(module, LowRankModule)
     down, up = module.factors()
     total = graft.site.fused_width or graft.site.width_out
     dropout = module.dropout if training else 0.0
-    return Factors(down, channels.widen(up, graft.site.channels, total), module.scale, dropout)
+    own = Factors(down, channels.widen(up, graft.site.channels, total), module.scale, dropout)
+    taken = module.taken()
+    if taken is None:
+        return [own]
+    return [own, Factors(taken[0], channels.widen(taken[1], graft.site.channels, total), -1.0)]
 
 
 def _side_by_side(groups: list[Factors]) -> Factors:

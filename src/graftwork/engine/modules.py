@@ -75,9 +75,14 @@ class LowRankModule(DeltaModule):
         """(down, up) with up unscaled; override where they are derived from other tensors."""
         return self.down, self.up
 
+    def taken(self) -> tuple[Tensor, Tensor] | None:
+        """A frozen pair (down, up) whose product is subtracted: what an initialiser took out of the weight."""
+        return None
+
     def delta(self) -> Tensor:
         down, up = self.factors()
-        return self.scale * (up @ down)
+        delta, taken = self.scale * (up @ down), self.taken()
+        return delta if taken is None else delta - taken[1] @ taken[0]
 
 
 class HiddenModule(nn.Module):

@@ -147,8 +147,9 @@ def _over(
 def one_answer(graft: Graft, x: Tensor, below: Below, training: bool) -> Tensor:
     """What one module makes of what lies beneath it."""
     if is_thin(graft):
-        (group,) = factors.of_stack((graft,), training)
-        return below.with_low_rank(x, group)
+        first, *rest = factors.of_stack((graft,), training)
+        y = below.with_low_rank(x, first)
+        return y if not rest else operation_of(nn.Linear).add(graft.module, nn.Linear, x, y, tuple(rest))
     own: Any = graft.module
     if graft.site.channels is not None:  # a part of a fused projection: the other channels stay
         whole = below(x)

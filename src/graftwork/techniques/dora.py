@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from graftwork.engine.below import Below
 from graftwork.engine.modules import WeightModule
 from graftwork.engine.rescaled import rescaled
+from graftwork.errors import BadOption
+from graftwork.initialisers import INITIALISERS
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.site import Kind, Site
@@ -38,20 +40,26 @@ class DoRA(LoRA):
         citation="Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init not in ("kaiming", "gaussian"):
+            raise BadOption(
+                f"dora: init={self.init!r} changes the weight whose norms it trains; use lora for that"
+            )
+
     def fits(self, site: Site) -> bool:
         return super().fits(site) and site.kind is not Kind.EMBEDDING and site.matrix is not None
 
     def build(self, site: Site) -> nn.Module:
-        return Decomposed(site, self.rank, self.scale, self.dropout)
+        return Decomposed(site, self.rank, self.scale, self.dropout, self.init)
 
 
 class Decomposed(WeightModule):
-    def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float, init: str) -> None:
         super().__init__()
         assert site.matrix is not None
-        bound = 1 / math.sqrt(site.width_in)
-        self.down = nn.Parameter(torch.empty(*site.batch, rank, site.width_in).uniform_(-bound, bound))
-        self.up = nn.Parameter(torch.zeros(*site.batch, site.width_out, rank))
+        start = INITIALISERS[init](site, rank, scale)
+        self.down, self.up = nn.Parameter(start.down), nn.Parameter(start.up)
         lengths = torch.full(site.shape[:-1], math.nan) if site.device.type == "meta" else None
         self.magnitude = nn.Parameter(_squares(site.matrix()).sqrt() if lengths is None else lengths)
         self.scale, self.dropout = scale, dropout

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graftwork.engine.modules import LowRankModule
+from graftwork.initialisers import INITIALISERS
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -36,6 +36,9 @@ class LoRA(Technique):
         stabilised: scale by alpha / sqrt(rank).
         dropout: probability of dropping an element of the adapter's input while training.
         up_rate: learning-rate factor of B (LoRA+).
+        init: where A and B start. "kaiming" and "gaussian": B at zero; "pissa": the top singular directions of the
+            weight; "olora": of its QR decomposition. The last two leave the base as it is: what they took is
+            subtracted by a frozen pair beside it. "given": to be filled from a file.
     """
 
     published: ClassVar[Card] = Card(
@@ -60,6 +63,7 @@ class LoRA(Technique):
     stabilised: bool = False
     dropout: Annotated[float, Between(0, 1)] = 0.0
     up_rate: Annotated[float, Above(0)] = 1.0
+    init: Literal["kaiming", "gaussian", "pissa", "olora", "given"] = "kaiming"
 
     @property
     def scale(self) -> float:
@@ -70,22 +74,30 @@ class LoRA(Technique):
         return site.weighted and site.kind is not Kind.NORM
 
     def build(self, site: Site) -> nn.Module:
-        return LowRank(site, self.rank, self.scale, self.dropout)
+        return LowRank(site, self.rank, self.scale, self.dropout, self.init)
+
+    def stored(self) -> Technique:
+        return replace(self, init="given") if self.init in ("pissa", "olora") else self
 
     def learning_rates(self) -> Mapping[str, float]:
         return {"up": self.up_rate} if self.up_rate != 1.0 else {}
 
 
 class LowRank(LowRankModule):
-    def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
+    taken_down: Tensor | None
+    taken_up: Tensor | None
+
+    def __init__(self, site: Site, rank: int, scale: float, dropout: float, init: str = "kaiming") -> None:
         super().__init__()
-        self.down = nn.Parameter(torch.empty(*site.batch, rank, site.width_in))
-        self.up = nn.Parameter(torch.empty(*site.batch, site.width_out, rank))
+        start = INITIALISERS[init](site, rank, scale)
+        self.down, self.up = nn.Parameter(start.down.contiguous()), nn.Parameter(start.up.contiguous())
         self.scale, self.dropout = scale, dropout
-        if site.kind is Kind.EMBEDDING:
-            nn.init.zeros_(self.down)
-            nn.init.normal_(self.up)
-        else:
-            bound = 1 / math.sqrt(site.width_in)
-            nn.init.uniform_(self.down, -bound, bound)
-            nn.init.zeros_(self.up)
+        self.register_buffer("taken_down", start.down.clone().contiguous() if start.taken else None)
+        self.register_buffer("taken_up", (scale * start.up).contiguous() if start.taken else None)
+
+    def taken(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.taken_down is None or self.taken_up is None else (self.taken_down, self.taken_up)
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """All of it: a file brings the frozen pair, which need not be decomposed out of the base again."""
+        return dict(self.state_dict())

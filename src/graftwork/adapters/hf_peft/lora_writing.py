@@ -40,8 +40,8 @@ def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dic
         "task_type": task,
         "r": rank,
         "lora_alpha": _plain(alpha),
-        "rank_pattern": {_exact(p): len(own.down) for p, own in factors.items() if len(own.down) != rank},
-        "alpha_pattern": {_exact(p): _plain(own.alpha) for p, own in factors.items() if own.alpha != alpha},
+        "rank_pattern": {exact(p): len(own.down) for p, own in factors.items() if len(own.down) != rank},
+        "alpha_pattern": {exact(p): _plain(own.alpha) for p, own in factors.items() if own.alpha != alpha},
         "lora_dropout": _dropout(kinds),
         "use_rslora": _stabilised(kinds),
         "use_dora": False,
@@ -69,9 +69,19 @@ def written_factors(stored: StoredAdapter) -> dict[str, Factors]:
                     raise BadFile(
                         f"{key}: HF PEFT's LoRA takes module weights, not {place.parameter} of experts"
                     )
-                up = widen(own["up"], place.channels, place.fused_width)
-                found.setdefault(place.module, []).append((own["down"], up, technique.scale))
+                for down, up, scale in _pairs(own, technique.scale):
+                    wide = widen(up, place.channels, place.fused_width)
+                    found.setdefault(place.module, []).append((down, wide, scale))
     return {path: _joined(parts, stabilised) for path, parts in found.items()}
+
+
+def _pairs(own: Mapping[str, Tensor], scale: float) -> list[tuple[Tensor, Tensor, float]]:
+    """The trained factors, and the frozen pair that an initialiser took out of the weight: an update of twice the rank
+    of the base as it is."""
+    if "magnitude" in own:
+        raise BadFile("this adapter is a DoRA: its magnitudes are not written to HF PEFT's format yet")
+    pairs = [(own["down"], own["up"], scale)]
+    return [*pairs, (own["taken_down"], own["taken_up"], -1.0)] if "taken_down" in own else pairs
 
 
 def _joined(parts: list[tuple[Tensor, Tensor, float]], stabilised: bool) -> Factors:
@@ -148,7 +158,8 @@ def _stabilised(kinds: list[LoRA]) -> bool:
     return bool(kinds) and all(technique.stabilised for technique in kinds)
 
 
-def _exact(path: str) -> str:
+def exact(path: str) -> str:
+    """A pattern that takes one path."""
     return f"^{re.escape(path)}"
 
 
