@@ -233,3 +233,15 @@ def test_toy_two_steps(natural: float | None, expected: tuple[float, float, floa
 def test_bad_options_are_refused(options: dict[str, float], text: str) -> None:
     with pytest.raises(BadOption, match=text):
         NaturalGaLore([{"params": [parameter(6, 4)], "rank": 2}], **options)
+
+
+@pytest.mark.parametrize("option", ["rank", "history"])
+def test_an_option_that_shapes_the_state_cannot_change(option: str) -> None:
+    p = parameter(6, 4)
+    optimizer = NaturalGaLore([{"params": [p], "rank": 2}], history=3)
+    walk(optimizer, range(2))
+    before = p.detach().clone()
+    optimizer.param_groups[0][option] += 1
+    with pytest.raises(BadOption, match=f"started with {option}="):
+        walk(optimizer, range(2, 3))
+    assert torch.equal(p, before)

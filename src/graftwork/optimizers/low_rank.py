@@ -109,6 +109,8 @@ class LowRankAdamW(Optimizer):
         state = self.state[parameter]
         step = state.setdefault("step", 0)
         renewed = step % group["refresh_interval"] == 0
+        if step:
+            unchanged("rank", state["projector"].shape[1], group)
         if renewed:
             state["projector"] = leading_basis(gradient, group["rank"], group["svd"], seed=step)
         low = self._condition(project(gradient, state["projector"]), state, group, renewed)
@@ -120,6 +122,15 @@ class LowRankAdamW(Optimizer):
     def _condition(self, low: Tensor, state: State, group: Group, renewed: bool) -> Tensor:
         """What Adam is fed in place of the projected gradient `low`; `renewed`: the basis is a new one."""
         return low
+
+
+def unchanged(option: str, started: int, group: Group) -> None:
+    """Raise BadOption where an option that shapes the state is not what the state was started with."""
+    if group[option] != started:
+        raise BadOption(
+            f"{option}={group[option]}, but the state was started with {option}={started}: keep that, or make a "
+            "new optimiser"
+        )
 
 
 def _adam_step(low: Tensor, state: State, group: Group) -> Tensor:

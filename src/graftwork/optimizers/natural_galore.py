@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from graftwork.optimizers.fisher import Ring
-from graftwork.optimizers.low_rank import Group, LowRankAdamW, State
+from graftwork.optimizers.low_rank import Group, LowRankAdamW, State, unchanged
 from graftwork.optimizers.projection import Svd
 
 
@@ -69,6 +69,7 @@ class NaturalGaLore(LowRankAdamW):
         if "history" not in state:
             ring = Ring.empty(group["history"], low.flatten())
         else:
+            unchanged("history", len(state["history"]), group)
             ring = Ring(state["history"], state["history_gram"], state["history_count"])
         if renewed and group["clear_history"]:
             ring.clear()
