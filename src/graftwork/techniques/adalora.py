@@ -10,7 +10,7 @@ on where it was. An adapter file holds the result as a LoRA: Q scaled by E, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -21,15 +21,15 @@ from graftwork.errors import BadOption
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import InterConnectivity
-from graftwork.reference.site import Site
-from graftwork.reference.technique import AtLeast, Between
+from graftwork.reference.site import Kind, Site
+from graftwork.reference.technique import Above, AtLeast, Between, Technique, from_options
 from graftwork.techniques.lora import LoRA
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRA(LoRA):
-    """Update each chosen matrix by a product of rank as high as its importance earns it; other options as LoRA's.
+class AdaLoRA(Technique):
+    """Update each chosen matrix by a product of rank as high as its importance earns it.
 
     Args:
         total_steps: steps of the optimiser in the whole training; must be given.
@@ -38,6 +38,8 @@ class AdaLoRA(LoRA):
         initial_steps: steps before the first cut.
         final_steps: steps after the last one, in which the choice stays.
         interval: steps from one cut to the next.
+        alpha: numerator of the scale; None means `rank` (scale 1).
+        dropout: probability of dropping an element of the adapter's input while training.
         beta1: how much of the smoothed sensitivity each step keeps.
         beta2: how much of the smoothed uncertainty each step keeps.
     """
@@ -58,8 +60,17 @@ class AdaLoRA(LoRA):
     initial_steps: Annotated[int, AtLeast(0)] = 0
     final_steps: Annotated[int, AtLeast(0)] = 0
     interval: Annotated[int, AtLeast(1)] = 1
+    alpha: Annotated[float | None, Above(0)] = None
+    dropout: Annotated[float, Between(0, 1)] = 0.0
     beta1: Annotated[float, Between(0, 1)] = 0.85
     beta2: Annotated[float, Between(0, 1)] = 0.85
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def fits(self, site: Site) -> bool:
+        return site.weighted and site.kind is not Kind.NORM
 
     def build(self, site: Site) -> nn.Module:
         return Triplets(site, self.rank, self.scale, self.dropout)
@@ -88,8 +99,9 @@ class AdaLoRA(LoRA):
         )
         return RankBudget(schedule, self.beta1, self.beta2)
 
-    def stored(self) -> LoRA:
-        return LoRA(**{option.name: getattr(self, option.name) for option in fields(LoRA)})
+    def stored(self) -> Technique:
+        where = {"workspaces": self.workspaces, "layers": self.layers}
+        return from_options(LoRA, {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, **where})
 
 
 class Triplets(RankedModule):
