@@ -102,7 +102,7 @@ def test_randomised_captures_the_energy() -> None:
     left, right = torch.linalg.qr(torch.randn(400, 300))[0], torch.linalg.qr(torch.randn(300, 300))[0]
     values = torch.arange(1, 301).float() ** -0.5
     matrix = left * values @ right.T
-    u, s, v = matrices.top_singular(matrix, 16)
+    u, s, _ = matrices.top_singular(matrix, 16)
     found, best = (u.T @ matrix).square().sum(), values[:16].square().sum()
     assert abs(float(found / best) - 1) < 1e-3
     assert torch.equal(s, matrices.top_singular(matrix, 16)[1])

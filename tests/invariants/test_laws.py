@@ -21,6 +21,9 @@ def cases() -> dict[str, Technique]:
     return {
         "lora": gw.LoRA(rank=2, alpha=4),
         "dora": gw.DoRA(rank=2, alpha=4),
+        "lora-pissa": gw.LoRA(rank=2, init="pissa"),
+        "kasa": gw.KaSA(rank=2),
+        "ba-lora": gw.BALoRA(rank=2),
         "lora-everywhere": gw.LoRA(rank=2, workspaces=("all-linear|conv",)),
         "bottleneck-adapter": gw.BottleneckAdapter(width=4),
         "parallel-adapter": gw.BottleneckAdapter.parallel(width=4),
