@@ -26,7 +26,9 @@ from pydantic import (
     model_validator,
 )
 
-from graftwork.errors import BadRecipe, GraftworkError
+from graftwork.errors import BadOption, BadRecipe, GraftworkError
+from graftwork.objectives.base import Objective
+from graftwork.objectives.registry import distinct, make_objective
 from graftwork.reference.catalogue import make
 from graftwork.reference.technique import Technique
 from graftwork.tasks.registry import make_task
@@ -96,6 +98,18 @@ def _listed(value: Any) -> Any:
 OneTechnique = Annotated[Named, BeforeValidator(_named), _checked(make)]
 OneTask = Annotated[Named, BeforeValidator(_named), _checked(make_task)]
 OneOptimizer = Annotated[Named, BeforeValidator(_named), _checked(make_optimizer)]
+OneObjective = Annotated[Named, BeforeValidator(_named), _checked(make_objective)]
+
+
+def _distinct(specs: list[Named]) -> list[Named]:
+    try:
+        distinct(spec.name for spec in specs)
+    except BadOption as error:
+        raise ValueError(str(error)) from None
+    return specs
+
+
+Terms = Annotated[list[OneObjective], BeforeValidator(_listed), AfterValidator(_distinct)]
 
 
 class FileLayout(Section):
@@ -197,6 +211,7 @@ class Recipe(Section):
     task: OneTask
     data: Data
     training: Training = Training()
+    objectives: Terms = []
     output: str
 
     @classmethod
@@ -216,6 +231,10 @@ class Recipe(Section):
     def techniques(self) -> list[Technique]:
         """What to attach, in order."""
         return [make(spec.name, spec.options) for spec in self.technique]
+
+    def terms(self) -> list[Objective]:
+        """What to add to the loss."""
+        return [make_objective(spec.name, spec.options) for spec in self.objectives]
 
     def resolved(self) -> dict[str, Any]:
         """Plain values, defaults filled in; `Recipe.of` of them is this recipe again."""

@@ -20,6 +20,7 @@ from graftwork.engine.adapter import Adapter
 from graftwork.engine.attach import attach
 from graftwork.engine.lean_host import lean
 from graftwork.errors import PortUnavailable
+from graftwork.objectives.total import Objectives
 from graftwork.reference.technique import Technique
 from graftwork.training import checkpoints
 from graftwork.training.arguments import training_arguments
@@ -61,7 +62,7 @@ def tune(
     flops = step_flops(materials, techniques, recipe.training.batch_size)
     adapter = attach(materials.model, techniques, name=NAME)
     if recipe.training.lean:
-        make_lean(materials.model)
+        make_lean(materials.model, loss=not any(term.reads_logits for term in recipe.terms()))
     return _Run(recipe, folder, materials, adapter, flops, watch).go(checkpoint)
 
 
@@ -109,6 +110,7 @@ class _Run:
             materials,
             args=arguments,
             patience=training.patience,
+            objectives=Objectives(materials.model, terms) if (terms := self.recipe.terms()) else None,
             groups=lambda model: grouped(model, factors(self.adapter, model), training.weight_decay),
             low_rank=training.low_rank(),
             callbacks=[recorder],
@@ -176,9 +178,13 @@ class _Run:
         checkpoints.remove(checkpoints.whole(self.folder.path))
 
 
-def make_lean(model: nn.Module) -> None:
-    """Let the host keep less; raises PortUnavailable where it has nothing to leave out."""
-    report = lean(model)
+def make_lean(model: nn.Module, *, loss: bool = True) -> None:
+    """Let the host keep less; raises PortUnavailable where it has nothing to leave out.
+
+    Args:
+        loss: the vocabulary's loss too, which leaves the outputs without logits.
+    """
+    report = lean(model, loss=loss)
     if not any(report.taken.values()):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(report.left.items())[:3])
         raise PortUnavailable(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +13,12 @@ from torch.distributed import all_gather_object, barrier
 from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback
 
+from graftwork.objectives.rows import shifts_labels
+from graftwork.objectives.total import Objectives
 from graftwork.tasks.base import IGNORED, Encoded, Task
 from graftwork.training import checkpoints, states
 from graftwork.training.groups import Group
+from graftwork.training.loss_parts import LossParts
 from graftwork.training.optimizer import LowRank
 from graftwork.training.order import ByLength, lengths
 
@@ -29,6 +32,7 @@ class Trainer(transformers.Trainer):
       whole or absent (`checkpoints.py`).
     - The loss of a slice of a batch counts by its share of the counted labels, over accumulation slices and
       processes alike, so that neither changes the gradient.
+    - Objectives add to the training loss, and each part of it is logged; evaluation shows the task's loss.
     - The state of the best evaluation is always checkpointed; training stops after `patience` evaluations
       without a better one.
     - Batches of like length come in an order that an interrupted run goes on in.
@@ -42,6 +46,7 @@ class Trainer(transformers.Trainer):
         groups: Callable[[nn.Module], Sequence[Group]],
         patience: int | None,
         low_rank: LowRank | None = None,
+        objectives: Objectives | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -49,6 +54,9 @@ class Trainer(transformers.Trainer):
         self.lr_scheduler: Any
         self._task, self._groups, self._patience = task, groups, patience
         self._low_rank = low_rank
+        self._loss_shifts_labels = shifts_labels(self.model)  # transformers' own misses GPT-2
+        self._objectives = objectives
+        self._parts = LossParts(objectives.names if objectives else ())
         self._frozen_statistics = [
             m for m in self.model.modules() if getattr(m, "track_running_stats", False)
         ]
@@ -65,16 +73,21 @@ class Trainer(transformers.Trainer):
         outputs = model(**inputs)
         loss = outputs["loss"]
         if model.training:
-            loss = self._weighted(loss, inputs["labels"], num_items_in_batch)
+            loss = self._weighted(loss, outputs, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _weighted(self, loss: Tensor, labels: Tensor, total: Tensor) -> Tensor:
+    def _weighted(self, loss: Tensor, outputs: Mapping[str, Any], inputs: Batch, total: Tensor) -> Tensor:
         """A mean over this slice's counted labels, as its part of the mean over the whole batch's."""
-        counted = self._counted(labels)
+        counted = self._counted(inputs["labels"])
         if counted == 0:
             trained = (p.sum() for p in self.model.parameters() if p.requires_grad)
             return torch.stack(list(trained)).sum() * 0.0  # the mean of nothing is not a number
-        return loss * (counted / total) * self.accelerator.num_processes
+        share = counted / total
+        if self._objectives is not None:
+            progress = self.state.global_step / self.state.max_steps
+            loss, parts = self._objectives(outputs, inputs, progress=progress)
+            self._parts.add(parts, share)
+        return loss * share * self.accelerator.num_processes
 
     def _counted(self, labels: Tensor) -> int:
         if labels.is_floating_point():
@@ -84,6 +97,11 @@ class Trainer(transformers.Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         total = torch.tensor(sum(self._counted(batch["labels"]) for batch in batch_samples), device=device)
         return self.accelerator.gather(total).sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._objectives is not None:
+            logs = {**logs, **self._parts.take(self.accelerator)}
+        super().log(logs, start_time)
 
     # Optimiser
 
