@@ -28,11 +28,15 @@ from graftwork.reference.technique import Technique
 from graftwork.techniques.bitfit import BitFit
 from graftwork.techniques.fine_tuning import FineTuning
 from graftwork.techniques.ia3 import IA3
+from graftwork.techniques.loha import LoHa
+from graftwork.techniques.lokr import LoKr
 from graftwork.techniques.lora import LoRA
+from graftwork.techniques.miss import MiSS
 from graftwork.techniques.norm_tuning import NormTuning
 from graftwork.techniques.p_tuning import PTuning
 from graftwork.techniques.prefix_tuning import PrefixTuning
 from graftwork.techniques.prompt_tuning import PromptTuning
+from graftwork.techniques.vera import VeRA
 
 CLOSE = 1e-5
 DECODES = ("llama", "qwen3", "smollm3", "gpt-neox", "gpt2", "opt", "t5", "t5-four", "t5-short", "bart")
@@ -191,11 +195,40 @@ PREFIXES: dict[str, tuple[str, peft.PeftConfig]] = {
         ),
     ),
 }
+MATRICES: dict[str, tuple[str, peft.PeftConfig]] = {
+    "loha": ("llama", peft.LoHaConfig(r=3, alpha=5, target_modules=["q_proj", "up_proj"])),
+    "loha of several sizes": (
+        "llama",
+        peft.LoHaConfig(
+            r=3,
+            alpha=5,
+            target_modules=["q_proj", "v_proj"],
+            rank_pattern={"q_proj": 2},
+            alpha_pattern={"v_proj": 7},
+        ),
+    ),
+    "loha, convolution": ("resnet", peft.LoHaConfig(r=2, target_modules=["convolution"])),
+    "loha and head": ("bert-classifier", peft.LoHaConfig(task_type="SEQ_CLS", r=3, target_modules=["query"])),
+    "lokr": ("llama", peft.LoKrConfig(r=1, alpha=5, target_modules=["q_proj", "up_proj"])),
+    "lokr, whole": ("llama", peft.LoKrConfig(r=8, alpha=5, target_modules=["q_proj", "up_proj"])),
+    "lokr, factor": ("bert", peft.LoKrConfig(r=2, decompose_factor=2, target_modules=["key", "value"])),
+    "lokr, convolution": ("resnet", peft.LoKrConfig(r=1, target_modules=["convolution"])),
+    "lokr, whole convolution": ("resnet", peft.LoKrConfig(r=9, target_modules=["convolution"])),
+    "vera": ("llama", peft.VeraConfig(r=6, target_modules=["q_proj", "up_proj", "down_proj"])),
+    "vera, another seed": (
+        "llama",
+        peft.VeraConfig(r=6, projection_prng_key=4, target_modules=["q_proj", "v_proj"]),
+    ),
+    "vera, transposed": ("gpt2", peft.VeraConfig(r=6, fan_in_fan_out=True, target_modules=["c_attn"])),
+    "miss": ("llama", peft.MissConfig(r=4, target_modules=["q_proj", "down_proj"])),
+    "miss, padded": ("llama", peft.MissConfig(r=5, target_modules=["q_proj", "v_proj"])),
+}
 MADE_BY_PEFT = {
     f"{kind}: {case}": value
     for kind, cases in {
         "lora": LORAS,
         "ia3": IA3S,
+        "matrices": MATRICES,
         "norms": NORMS,
         "prompt": PROMPTS,
         "prefix": PREFIXES,
@@ -251,6 +284,18 @@ MADE_HERE: dict[str, tuple[str, tuple[Technique, ...]]] = {
     "ia3, t5": ("t5", (IA3(),)),
     "ia3, parts": ("gpt2", (IA3(),)),
     "ia3 and head": ("bert-classifier", (IA3(),)),
+    "loha": ("llama", (LoHa(rank=2, alpha=3),)),
+    "loha, two sizes": (
+        "llama",
+        (
+            LoHa(rank=2, workspaces=("attention.query",)),
+            LoHa(rank=3, alpha=5, workspaces=("feedforward.up",)),
+        ),
+    ),
+    "lokr": ("llama", (LoKr(rank=1, alpha=2),)),
+    "lokr, convolutions": ("resnet", (LoKr(rank=9, workspaces=("conv",)),)),
+    "vera and head": ("bert-classifier", (VeRA(rank=6, seed=3),)),
+    "miss": ("llama", (MiSS(rank=5),)),
     "norms": ("bert-classifier", (NormTuning(),)),
     "prompt": ("llama", (PromptTuning(length=4),)),
     "prompt and head": ("llama-classifier", (PromptTuning(length=4),)),

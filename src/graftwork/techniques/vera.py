@@ -62,10 +62,14 @@ class VeRA(Technique):
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
         if not sites:
             return None
+        widest = max(site.width_in for site in sites), max(site.width_out for site in sites)
+        return Frozen(self.frozen(*widest), sites[0].device)
+
+    def frozen(self, width_in: int, width_out: int) -> dict[str, Tensor]:
+        """A as `down` and B as `up`, for sites of at most these widths."""
         source = generator(self.seed)
-        down = he_uniform(source, self.rank, max(site.width_in for site in sites))
-        up = he_uniform(source, max(site.width_out for site in sites), self.rank)
-        return Frozen({"down": down, "up": up}, sites[0].device)
+        down = he_uniform(source, self.rank, width_in)
+        return {"down": down, "up": he_uniform(source, width_out, self.rank)}
 
 
 class Scaled(LowRankModule):

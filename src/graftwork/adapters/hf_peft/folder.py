@@ -19,6 +19,7 @@ from graftwork.adapters.disk import flush_folder, stage
 from graftwork.adapters.documents import dump, parse, take
 from graftwork.adapters.hf_peft.config import Config
 from graftwork.adapters.hf_peft.host import Host, Part
+from graftwork.adapters.hf_peft.keys import FROZEN, PROMPTS
 from graftwork.adapters.hf_peft.registry import translator_for, translator_of
 from graftwork.adapters.manifest import Owner, place_of
 from graftwork.adapters.stored import StoredAdapter, assemble
@@ -67,6 +68,8 @@ def write_folder(folder: Path, stored: StoredAdapter, model: nn.Module | None, b
 
 
 def _full(name: str, front: str) -> str:
+    if name in FROZEN:
+        return f"{PROMPTS}{name}"
     return f"{front}{name}" if "." in name else name
 
 

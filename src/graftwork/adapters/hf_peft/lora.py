@@ -20,7 +20,8 @@ from graftwork.adapters.hf_peft.config import Config
 from graftwork.adapters.hf_peft.extras import read_biases, read_saved
 from graftwork.adapters.hf_peft.host import Host, Part
 from graftwork.adapters.hf_peft.keys import pop_leaf
-from graftwork.adapters.hf_peft.matching import by_pattern, targeted
+from graftwork.adapters.hf_peft.matching import by_pattern
+from graftwork.adapters.hf_peft.matrices import compare_targets
 from graftwork.errors import BadFile
 from graftwork.reference.properties import Port
 from graftwork.reference.site import Site
@@ -77,7 +78,7 @@ def read(config: Config, tensors: dict[str, Tensor], host: Host) -> list[Part]:
     _refuse_changed_base(config)
     saved = read_saved(config, tensors, host)
     factors = read_factors(config, tensors)
-    _compare_targets(config, host, factors)
+    compare_targets(config, host, factors)
     _drop_frozen_copies(config, tensors, host)
     parts = []
     sites = {path: host.site(path, config.where) for path in factors}
@@ -147,15 +148,6 @@ def _refuse_changed_base(config: Config) -> None:
             f"{config.where}: init_lora_weights={start!r} changed the base weights before training, so the "
             "adapter fits only that changed base. Save it again with path_initial_model_for_weight_conversion"
         )
-
-
-def _compare_targets(config: Config, host: Host, factors: Mapping[str, Factors]) -> None:
-    for path in factors:
-        host.module(path, config.where)
-    wanted = targeted(config, host.paths)
-    report = "" if wanted is None else both_directions(dict.fromkeys(wanted), factors)
-    if report:
-        raise BadFile(f"{config.where}: target_modules and the file's modules differ: {report}")
 
 
 def _drop_frozen_copies(config: Config, tensors: dict[str, Tensor], host: Host) -> None:

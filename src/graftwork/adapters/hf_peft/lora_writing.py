@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from graftwork.adapters.hf_peft.extras import BIAS, is_transposed, task_and_modules, written_modules
 from graftwork.adapters.hf_peft.host import Host
 from graftwork.adapters.hf_peft.lora import Factors
+from graftwork.adapters.hf_peft.matching import exact
 from graftwork.adapters.manifest import Place
 from graftwork.adapters.stored import StoredAdapter
 from graftwork.engine.channels import widen
@@ -156,11 +156,6 @@ def _dropout(kinds: list[LoRA]) -> float:
 
 def _stabilised(kinds: list[LoRA]) -> bool:
     return bool(kinds) and all(technique.stabilised for technique in kinds)
-
-
-def exact(path: str) -> str:
-    """A pattern that takes one path."""
-    return f"^{re.escape(path)}"
 
 
 def _plain(number: float) -> float:

@@ -101,3 +101,8 @@ def _layer(path: str, config: Config) -> int | None:
         if match:
             return int(match[1])
     return None
+
+
+def exact(path: str) -> str:
+    """A pattern that takes one path."""
+    return f"^{re.escape(path)}"

@@ -8,7 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from graftwork.adapters.hf_peft import ia3, lora, lora_writing, norms, prefix, prompt
+from graftwork.adapters.hf_peft import (
+    ia3,
+    loha,
+    lokr,
+    lora,
+    lora_writing,
+    miss,
+    norms,
+    prefix,
+    prompt,
+    vera,
+)
 from graftwork.adapters.hf_peft.config import Config
 from graftwork.adapters.hf_peft.host import Host, Part
 from graftwork.adapters.hf_peft.keys import LAYERS, PROMPTS
@@ -45,6 +56,10 @@ TRANSLATORS: dict[str, Translator] = {
     for t in (
         Translator("LORA", LAYERS, lora.read, lora_writing.write, frozenset({"lora"}), _WHOLE | {"bitfit"}),
         Translator("IA3", LAYERS, ia3.read, ia3.write, frozenset({"ia3"}), _WHOLE),
+        Translator("LOHA", LAYERS, loha.read, loha.write, frozenset({"loha"}), _WHOLE),
+        Translator("LOKR", LAYERS, lokr.read, lokr.write, frozenset({"lokr"}), _WHOLE),
+        Translator("VERA", LAYERS, vera.read, vera.write, frozenset({"vera"}), _WHOLE),
+        Translator("MISS", LAYERS, miss.read, miss.write, frozenset({"miss"}), _WHOLE),
         Translator("LN_TUNING", LAYERS, norms.read, norms.write, frozenset({"norm-tuning"}), _HEAD),
         Translator("PROMPT_TUNING", PROMPTS, prompt.read, prompt.write, frozenset({"prompt-tuning"}), _HEAD),
         Translator("P_TUNING", PROMPTS, prompt.read, prompt.write),
