@@ -3,9 +3,9 @@ arXiv:2408.04556).
 
 The adapter is PiSSA's: B A starts as the top `rank` singular triplets of the weight, which are subtracted beside it, so
 the first output is the base's. What is new is the loss: consistency with the base, diversity of the outputs and
-concentration of their spectrum. They are objectives, which any technique can be trained with; their weights in the paper
-are 0.15, 0.03 and 0.03 for understanding, 0.025, 0.005 and 0.005 for generation. The teacher is the same model with the
-adapter switched off.
+concentration of their spectrum. They are objectives, which any technique can be trained with; their weights in the
+paper are 0.15, 0.03 and 0.03 for understanding, 0.025, 0.005 and 0.005 for generation. The teacher is the same model
+with the adapter switched off.
 """
 
 from __future__ import annotations

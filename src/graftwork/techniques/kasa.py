@@ -2,8 +2,8 @@
 arXiv:2412.06071).
 
 W_world is W without its `rank` smallest singular components; W' = W_world + s B diag(d) A with s = alpha / rank, B
-zero, A Kaiming-uniform and d standard normal, one value for each inner coordinate. So the output at the start is that of
-the truncated model, not of the base. Switched off or detached, the base is what it was: the components cut out stand
+zero, A Kaiming-uniform and d standard normal, one value for each inner coordinate. So the output at the start is that
+of the truncated model, not of the base. Switched off or detached, the base is what it was: the components cut out stand
 beside it as a frozen pair, which travels in the adapter's file, so no truncated copy of a weight is kept.
 
 The paper's penalties are objectives: `singular-values` (its Eq. 10, the sum of d squared) and `orthogonality` (Eq. 11),
