@@ -23,6 +23,7 @@ def cases() -> dict[str, Technique]:
         "dora": gw.DoRA(rank=2, alpha=4),
         "lora-pissa": gw.LoRA(rank=2, init="pissa"),
         "kasa": gw.KaSA(rank=2),
+        "s2ft": gw.S2FT(share=0.2),
         "ba-lora": gw.BALoRA(rank=2),
         "lora-everywhere": gw.LoRA(rank=2, workspaces=("all-linear|conv",)),
         "bottleneck-adapter": gw.BottleneckAdapter(width=4),
