@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from graftwork.adapters.hf_peft import (
+    boft,
+    hra,
     ia3,
     loha,
     lokr,
@@ -16,6 +18,7 @@ from graftwork.adapters.hf_peft import (
     lora_writing,
     miss,
     norms,
+    oft,
     prefix,
     prompt,
     vera,
@@ -60,6 +63,9 @@ TRANSLATORS: dict[str, Translator] = {
         Translator("LOKR", LAYERS, lokr.read, lokr.write, frozenset({"lokr"}), _WHOLE),
         Translator("VERA", LAYERS, vera.read, vera.write, frozenset({"vera"}), _WHOLE),
         Translator("MISS", LAYERS, miss.read, miss.write, frozenset({"miss"}), _WHOLE),
+        Translator("OFT", LAYERS, oft.read, oft.write, frozenset({"oft"}), _WHOLE),
+        Translator("BOFT", LAYERS, boft.read, boft.write, frozenset({"boft"}), _WHOLE),
+        Translator("HRA", LAYERS, hra.read, hra.write, frozenset({"hra"}), _WHOLE),
         Translator("LN_TUNING", LAYERS, norms.read, norms.write, frozenset({"norm-tuning"}), _HEAD),
         Translator("PROMPT_TUNING", PROMPTS, prompt.read, prompt.write, frozenset({"prompt-tuning"}), _HEAD),
         Translator("P_TUNING", PROMPTS, prompt.read, prompt.write),
