@@ -80,7 +80,7 @@ class Rotation(WeightModule):
         return blocks.expand(*blocks.shape[:-3], self.count, -1, -1)
 
     def effective(self, weight: Tensor, base: Tensor) -> Tensor:
-        return turned(weight, self.blocks().mT.unsqueeze(-4)).to(weight.dtype)
+        return recomputed(turned, weight, self.blocks().mT.unsqueeze(-4)).to(weight.dtype)
 
     def answer(self, x: Tensor, below: Below) -> Tensor:
         return below(recomputed(turned, x, self.blocks()))
