@@ -65,6 +65,7 @@ def random_llama(**sizes: int) -> nn.Module:
 _LLAMA_MODULES = {
     "linears": r".*\.(q|k|v|o|gate|up|down)_proj",
     "query-value": r".*\.(q|v)_proj",
+    "gates": r".*\.(gate|up)_proj",
     "rescaled": r".*\.(k|v|down)_proj",
     "rescaled-inputs": r".*\.down_proj",
     "norms": r".*norm",
@@ -74,6 +75,7 @@ _BERT_MODULES = {
     "linears": _BERT_LAYER
     + r"(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)",
     "query-value": _BERT_LAYER + r"attention\.self\.(query|value)",
+    "gates": _BERT_LAYER + r"intermediate\.dense",
     "rescaled": _BERT_LAYER + r"(attention\.self\.(key|value)|output\.dense)",
     "rescaled-inputs": _BERT_LAYER + r"output\.dense",
     "norms": r".*LayerNorm",

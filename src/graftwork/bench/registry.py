@@ -12,6 +12,8 @@ from graftwork.errors import UnknownName, nearest
 PARTS = {
     "step": "time of a training step",
     "saved": "bytes kept between forward and backward",
+    "weights": "step time and saved bytes of techniques that change weights",
+    "spectral": "initialising from the singular directions of a large matrix",
     "peak": "bytes at the highest point of a step",
     "mixed": "eight adapters in one batch",
     "many": "attaching and switching among 64 adapters",

@@ -8,7 +8,7 @@ from torch import Tensor
 from graftwork.errors import BadOption
 from graftwork.reference.site import Site
 
-_OVERSAMPLE, _ITERATIONS, _SEED = 10, 4, 0
+_OVERSAMPLE, _ITERATIONS, _SEED = 32, 8, 0
 
 
 def zeros(site: Site, rows: int, columns: int) -> Tensor:

@@ -37,9 +37,9 @@ def measure(settings: Settings, chosen: tuple[Variant, ...] | None = None) -> li
     out = []
     for host, name, dtype in settings.beds():
         batch = host.batch_of(settings.device)
-        found = training.collect(settings, host, dtype, chosen, lambda s: _tried(s, batch))  # noqa: B023
+        found = training.collect(settings, host, dtype, chosen, lambda s: tried(s, batch))  # noqa: B023
         times = interleaved(found.figures, settings.rounds, device=settings.device)
-        ratio = _ratio(times)
+        ratio = time_ratio(times)
         milliseconds = {key: time.median * 1e3 for key, time in times.items()}
         spread = {key: f"{time.spread:.0%}" for key, time in times.items()}
         table = Table(PART, training.titled(host, name, settings), training.headed("ms", "spread"))
@@ -50,13 +50,16 @@ def measure(settings: Settings, chosen: tuple[Variant, ...] | None = None) -> li
     return out
 
 
-def _tried(subject: Subject, batch: Mapping[str, Tensor]) -> Callable[[], None]:
+def tried(subject: Subject, batch: Mapping[str, Tensor]) -> Callable[[], None]:
+    """A training step, made once."""
     step = training.stepper(subject, batch)
     step()
     return step
 
 
-def _ratio(times: Mapping[Key, Times]) -> training.Ratio:
+def time_ratio(times: Mapping[Key, Times]) -> training.Ratio:
+    """Median of the ratios within the rounds."""
+
     def ratio(one: Key, other: Key) -> float | None:
         return times[one].over(times[other]) if one in times and other in times else None
 
