@@ -74,7 +74,6 @@ def rewritten(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Ten
 
 
 REFUSED_FIELDS = {
-    "use_dora": True,
     "lora_bias": True,
     "layer_replication": [[0, 2]],
     "trainable_token_indices": [1, 2],
@@ -157,7 +156,7 @@ PAIN_3: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "NaN": (lambda t: t[KEY].fill_(torch.nan), "NaN"),
     "DoRA's magnitudes": (
         lambda t: t.update({KEY.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(16)}),
-        "lora_magnitude_vector",
+        "magnitudes do not fit the factors",
     ),
     "nested layers": (
         lambda t: t.update(

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import graftwork as gw
+from graftwork.errors import BadFile
+from graftwork.laws import answer, stir
 from graftwork.testing import tiny, tiny_batch
 
 
@@ -106,3 +108,25 @@ def test_agrees_with_peft() -> None:
         layer.lora_magnitude_vector["default"].weight.data = module.magnitude.data.clone()
     a, b = ours(**batch).logits, wrapped(**batch).logits
     torch.testing.assert_close(a, b.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_file_goes_to_peft_and_back(tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    model, batch = tiny("llama"), tiny_batch("llama")
+    stir(gw.attach(model, gw.DoRA(rank=2, alpha=4, workspaces=("attention.*", "feedforward.down"))))
+    wanted = answer(model, batch)
+    gw.save(model, tmp_path / "out", format="hf-peft")
+    theirs = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path / "out")
+    torch.testing.assert_close(answer(theirs, batch), wanted, rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "back")
+    fresh = tiny("llama")
+    loaded = gw.load(fresh, tmp_path / "back")
+    assert {type(t) for t in loaded.techniques} == {gw.DoRA}
+    torch.testing.assert_close(answer(fresh, batch), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_peft_has_no_place_for_both_in_one(tmp_path) -> None:
+    model = tiny("llama")
+    gw.attach(model, [gw.DoRA(workspaces=("attention.query",)), gw.LoRA(workspaces=("attention.value",))])
+    with pytest.raises(BadFile, match="DoRA or LoRA"):
+        gw.save(model, tmp_path / "out", format="hf-peft")

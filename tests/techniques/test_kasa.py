@@ -139,3 +139,13 @@ def test_toy_wide_matrix_in_both_readings(truncation: str, rank: int, error: flo
 def test_a_rank_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(BadOption, match="at most 4"):
         on(torch.ones(6, 5), rank=5)
+
+
+def test_peft_reads_it_as_a_lora_of_twice_the_rank(tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+    model, batch = tiny("llama"), tiny_batch("llama")
+    stir(gw.attach(model, gw.KaSA(rank=2)))
+    wanted = answer(model, batch)
+    gw.save(model, tmp_path / "out", format="hf-peft")
+    theirs = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path / "out")
+    torch.testing.assert_close(answer(theirs, batch), wanted, rtol=1e-5, atol=1e-5)

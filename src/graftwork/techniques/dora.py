@@ -48,7 +48,7 @@ class DoRA(LoRA):
             )
 
     def fits(self, site: Site) -> bool:
-        return super().fits(site) and site.kind is not Kind.EMBEDDING and site.matrix is not None
+        return super().fits(site) and site.kind is not Kind.EMBEDDING
 
     def build(self, site: Site) -> nn.Module:
         return Decomposed(site, self.rank, self.scale, self.dropout, self.init)

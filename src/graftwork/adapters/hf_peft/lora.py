@@ -1,6 +1,7 @@
 """HF PEFT's LORA, read: factors per module, ranks and alphas by pattern, biases, whole modules.
 
-`lora_A.weight` (r, in) is `down`, `lora_B.weight` (out, r) is `up`; for embeddings `lora_embedding_A` and
+`lora_A.weight` (r, in) is `down`, `lora_B.weight` (out, r) is `up`, `lora_magnitude_vector.weight` holds DoRA's
+magnitudes; for embeddings `lora_embedding_A` and
 `_B` without `.weight`; for convolutions with the kernel's dimensions. The weight's storage layout
 (`fan_in_fan_out`) plays no part.
 """
@@ -25,6 +26,7 @@ from graftwork.adapters.hf_peft.matrices import compare_targets
 from graftwork.errors import BadFile
 from graftwork.reference.properties import Port
 from graftwork.reference.site import Site
+from graftwork.techniques.dora import DoRA
 from graftwork.techniques.lora import LoRA
 
 UNDERSTOOD = (
@@ -33,6 +35,7 @@ UNDERSTOOD = (
     "lora_dropout",
     "bias",
     "use_rslora",
+    "use_dora",
     "rank_pattern",
     "alpha_pattern",
     "target_modules",
@@ -51,7 +54,6 @@ INDIFFERENT = (
     "eva_config",
 )
 REFUSED = {
-    "use_dora": "DoRA is a technique of its own, which is not read yet",
     "lora_bias": "a bias of the second factor has no place in graftwork's LoRA; merge it into the base bias "
     "first",
     "layer_replication": "the model's layers would have to be copied",
@@ -65,11 +67,13 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True)
 class Factors:
-    """The two factors of one module in the file's shapes flattened to matrices, and its scale's numerator."""
+    """The two factors of one module in the file's shapes flattened to matrices, its scale's numerator, and DoRA's
+    magnitudes (out,)."""
 
     down: Tensor
     up: Tensor
     alpha: float
+    magnitude: Tensor | None = None
 
 
 def read(config: Config, tensors: dict[str, Tensor], host: Host) -> list[Part]:
@@ -97,10 +101,14 @@ def read_factors(config: Config, tensors: dict[str, Tensor]) -> dict[str, Factor
     report = both_directions(downs, ups)
     if report:
         raise BadFile(f"{config.where}: second factors do not fit the first: {report}")
-    return {path: _factors(config, path, downs[path], ups[path]) for path in downs}
+    lengths = pop_leaf(tensors, "lora_magnitude_vector.weight") | pop_leaf(tensors, "lora_magnitude_vector")
+    report = both_directions(downs, lengths) if config.get("use_dora", bool, False) or lengths else ""
+    if report:
+        raise BadFile(f"{config.where}: DoRA's magnitudes do not fit the factors: {report}")
+    return {path: _factors(config, path, downs[path], ups[path], lengths.get(path)) for path in downs}
 
 
-def _factors(config: Config, path: str, down: Tensor, up: Tensor) -> Factors:
+def _factors(config: Config, path: str, down: Tensor, up: Tensor, magnitude: Tensor | None) -> Factors:
     if path.endswith("base_layer"):
         raise BadFile(f"{config.where}: {path}: factors of nested modules are not read from this format")
     rank = int(by_pattern(config.patterns("rank_pattern"), path, config.number("r", 8), config.where))
@@ -110,11 +118,12 @@ def _factors(config: Config, path: str, down: Tensor, up: Tensor) -> Factors:
         raise BadFile(
             f"{config.where}: {path} has factors of shapes {shapes}, the configuration says rank {rank}"
         )
-    return Factors(down.flatten(1), up.flatten(1), alpha)
+    return Factors(down.flatten(1), up.flatten(1), alpha, None if magnitude is None else magnitude.flatten())
 
 
 def _technique(config: Config, rank: int, alpha: float, workspaces: tuple[str, ...], layers: Any) -> LoRA:
-    return LoRA(
+    kind = DoRA if config.get("use_dora", bool, False) else LoRA
+    return kind(
         rank=rank,
         alpha=None if alpha == rank else alpha,
         stabilised=config.get("use_rslora", bool, False),
@@ -138,6 +147,8 @@ def _placed(
                 f"file, {wanted[0]} and {wanted[1]} here{grouped if site.kernel else ''}"
             )
         out[site.key, "down"], out[site.key, "up"] = own.down, own.up
+        if own.magnitude is not None:
+            out[site.key, "magnitude"] = own.magnitude
     return out
 
 

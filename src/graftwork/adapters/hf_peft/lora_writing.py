@@ -17,6 +17,7 @@ from graftwork.adapters.manifest import Place
 from graftwork.adapters.stored import StoredAdapter
 from graftwork.engine.channels import widen
 from graftwork.errors import BadFile
+from graftwork.techniques.kasa import KaSA
 from graftwork.techniques.lora import LoRA
 
 
@@ -27,6 +28,8 @@ def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dic
     tensors: dict[str, Tensor] = {}
     for path, own in factors.items():
         tensors.update(_leaves(places[path], own))
+    lengths = written_magnitudes(stored)
+    tensors |= {f"{path}.lora_magnitude_vector.weight": length for path, length in lengths.items()}
     full = written_biases(stored, host)
     saved = written_modules(stored)
     tensors |= {f"{path}.{BIAS if path in factors else 'bias'}": bias for path, bias in full.items()}
@@ -34,7 +37,7 @@ def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dic
     rank = Counter(len(own.down) for own in factors.values()).most_common(1)[0][0]
     alpha = Counter(own.alpha for own in factors.values()).most_common(1)[0][0]
     transposed = all(is_transposed(places[path]) for path in factors)
-    kinds = [t for t in stored.manifest.techniques if isinstance(t, LoRA)]
+    kinds = _low_rank(stored)
     config = {
         "peft_type": "LORA",
         "task_type": task,
@@ -44,7 +47,7 @@ def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dic
         "alpha_pattern": {exact(p): _plain(own.alpha) for p, own in factors.items() if own.alpha != alpha},
         "lora_dropout": _dropout(kinds),
         "use_rslora": _stabilised(kinds),
-        "use_dora": False,
+        "use_dora": bool(lengths),
         "bias": _bias_option(full, factors),
         "fan_in_fan_out": transposed,
         "target_modules": sorted(factors),
@@ -58,11 +61,10 @@ def written_factors(stored: StoredAdapter) -> dict[str, Factors]:
     """Module path -> factors. Several at one module (parts of a fused projection) become one of their joint
     rank.
     """
-    kinds = [t for t in stored.manifest.techniques if isinstance(t, LoRA)]
-    stabilised = _stabilised(kinds)
+    stabilised = _stabilised(_low_rank(stored))
     found: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
     for index, technique in enumerate(stored.manifest.techniques):
-        if isinstance(technique, LoRA):
+        if isinstance(technique, LoRA | KaSA):
             for key, own in stored.of(index).items():
                 place = stored.manifest.sites[key]
                 if place.parameter != "weight" or own["down"].dim() != 2:
@@ -75,12 +77,32 @@ def written_factors(stored: StoredAdapter) -> dict[str, Factors]:
     return {path: _joined(parts, stabilised) for path, parts in found.items()}
 
 
+def written_magnitudes(stored: StoredAdapter) -> dict[str, Tensor]:
+    """Module path -> DoRA's magnitudes (out,), empty for plain LoRA; a mixture has no place in the format."""
+    found: dict[str, Tensor] = {}
+    plain = 0
+    for index, technique in enumerate(stored.manifest.techniques):
+        if isinstance(technique, LoRA | KaSA):
+            for key, own in stored.of(index).items():
+                place = stored.manifest.sites[key]
+                plain += "magnitude" not in own
+                if "magnitude" in own and (place.channels is not None or place.module in found):
+                    raise BadFile(
+                        f"{key}: HF PEFT's DoRA rescales whole modules once, not parts of a projection"
+                    )
+                if "magnitude" in own:
+                    shape = (1, -1, *(1 for _ in place.kernel)) if place.kernel else (-1,)
+                    found[place.module] = own["magnitude"].reshape(shape)
+    if found and plain:
+        raise BadFile("HF PEFT's format holds DoRA or LoRA in one adapter, not both; save them apart")
+    return found
+
+
 def _pairs(own: Mapping[str, Tensor], scale: float) -> list[tuple[Tensor, Tensor, float]]:
     """The trained factors, and the frozen pair that an initialiser took out of the weight: an update of twice the rank
     of the base as it is."""
-    if "magnitude" in own:
-        raise BadFile("this adapter is a DoRA: its magnitudes are not written to HF PEFT's format yet")
-    pairs = [(own["down"], own["up"], scale)]
+    up = own["up"] * own["values"] if "values" in own else own["up"]
+    pairs = [(own["down"], up, scale)]
     return [*pairs, (own["taken_down"], own["taken_up"], -1.0)] if "taken_down" in own else pairs
 
 
@@ -147,15 +169,19 @@ def _bias_option(full: Mapping[str, Tensor], factors: Mapping[str, Factors]) -> 
     return "lora_only" if full.keys() <= factors.keys() else "all"
 
 
-def _dropout(kinds: list[LoRA]) -> float:
+def _low_rank(stored: StoredAdapter) -> list[LoRA | KaSA]:
+    return [t for t in stored.manifest.techniques if isinstance(t, LoRA | KaSA)]
+
+
+def _dropout(kinds: list[LoRA | KaSA]) -> float:
     rates = {technique.dropout for technique in kinds} or {0.0}
     if len(rates) > 1:
         raise BadFile(f"HF PEFT has one dropout for all of an adapter, this one has {sorted(rates)}")
     return rates.pop()
 
 
-def _stabilised(kinds: list[LoRA]) -> bool:
-    return bool(kinds) and all(technique.stabilised for technique in kinds)
+def _stabilised(kinds: list[LoRA | KaSA]) -> bool:
+    return bool(kinds) and all(isinstance(kind, LoRA) and kind.stabilised for kind in kinds)
 
 
 def _plain(number: float) -> float:

@@ -53,11 +53,12 @@ class Translator:
 
 _WHOLE = frozenset({"fine-tuning", "norm-tuning"})
 _HEAD = frozenset({"fine-tuning"})
+_LOW_RANK = frozenset({"lora", "ba-lora", "dora", "kasa"})
 
 TRANSLATORS: dict[str, Translator] = {
     t.peft_type: t
     for t in (
-        Translator("LORA", LAYERS, lora.read, lora_writing.write, frozenset({"lora"}), _WHOLE | {"bitfit"}),
+        Translator("LORA", LAYERS, lora.read, lora_writing.write, _LOW_RANK, _WHOLE | {"bitfit"}),
         Translator("IA3", LAYERS, ia3.read, ia3.write, frozenset({"ia3"}), _WHOLE),
         Translator("LOHA", LAYERS, loha.read, loha.write, frozenset({"loha"}), _WHOLE),
         Translator("LOKR", LAYERS, lokr.read, lokr.write, frozenset({"lokr"}), _WHOLE),
