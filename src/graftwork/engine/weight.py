@@ -47,7 +47,10 @@ def run(
     """The host's forward with the effective weight of the running adapters."""
     operation = operation_of(base)
     if seat.state.route is not None:
-        if seat.kept_stack is not None and (out := _as_before(module, seat, base, args, kwargs)) is not None:
+        if (
+            not torch.compiler.is_compiling()
+            and (out := _as_before(module, seat, base, args, kwargs)) is not None
+        ):
             return out
         args, kwargs = split.spread(seat.state.route, args, kwargs)
         if operation.thin(module, base) and all(is_thin(graft) for graft in flat(running)):
@@ -207,8 +210,7 @@ def _as_before(
     """A routed linear layer by the stack of the call before, None where it no longer stands."""
     route, kept = seat.state.route, seat.kept_stack
     assert route is not None
-    assert kept is not None
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(args) != 1 or kwargs:
+    if kept is None or torch.is_grad_enabled() or len(args) != 1 or kwargs:
         return None
     x = args[0]
     operation = operation_of(base)

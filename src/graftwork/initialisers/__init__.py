@@ -49,6 +49,8 @@ def gaussian(site: Site, rank: int, scale: float) -> Start:
 
 def pissa(site: Site, rank: int, scale: float) -> Start:
     """The top singular triplets, halved between the factors: s B A = W_R (Meng et al. 2024, arXiv:2404.02948)."""
+    if matrices.planned():
+        return given(site, rank, scale)
     left, values, right = matrices.top_singular(_matrix(site, rank, "pissa"), rank)
     root = (values / scale).sqrt()
     return Start(root.unsqueeze(-1) * right.mT, left * root.unsqueeze(-2), taken=True)
@@ -56,6 +58,8 @@ def pissa(site: Site, rank: int, scale: float) -> Start:
 
 def olora(site: Site, rank: int, scale: float) -> Start:
     """The first R columns of Q and rows of the triangle in W = Q T, over s (Büyükakyüz 2024, arXiv:2406.01775)."""
+    if matrices.planned():
+        return given(site, rank, scale)
     q, triangle = matrices.qr(_matrix(site, rank, "olora"), rank)
     return Start(triangle / scale, q, taken=True)
 

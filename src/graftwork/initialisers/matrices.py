@@ -11,6 +11,11 @@ from graftwork.reference.site import Site
 _OVERSAMPLE, _ITERATIONS, _SEED = 32, 8, 0
 
 
+def planned() -> bool:
+    """Whether modules are only being counted: what is made now is on the meta device, and no weight may be read."""
+    return torch.empty(0).is_meta
+
+
 def zeros(site: Site, rows: int, columns: int) -> Tensor:
     """Zeros (..., rows, columns)."""
     return torch.zeros(*site.batch, rows, columns)

@@ -10,9 +10,8 @@ answer is (m / |V|) (W x + s B A x). A channel whose row of W is all zeros keeps
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 from graftwork.engine.below import Below
 from graftwork.engine.modules import WeightModule
 from graftwork.engine.rescaled import rescaled
-from graftwork.errors import BadOption
-from graftwork.initialisers import INITIALISERS
+from graftwork.initialisers import INITIALISERS, matrices
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.site import Kind, Site
@@ -40,12 +38,7 @@ class DoRA(LoRA):
         citation="Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init not in ("kaiming", "gaussian"):
-            raise BadOption(
-                f"dora: init={self.init!r} changes the weight whose norms it trains; use lora for that"
-            )
+    init: Literal["kaiming", "gaussian"] = "kaiming"  # type: ignore[assignment]
 
     def fits(self, site: Site) -> bool:
         return super().fits(site) and site.kind is not Kind.EMBEDDING
@@ -60,8 +53,8 @@ class Decomposed(WeightModule):
         assert site.matrix is not None
         start = INITIALISERS[init](site, rank, scale)
         self.down, self.up = nn.Parameter(start.down), nn.Parameter(start.up)
-        lengths = torch.full(site.shape[:-1], math.nan) if site.device.type == "meta" else None
-        self.magnitude = nn.Parameter(_squares(site.matrix()).sqrt() if lengths is None else lengths)
+        norms = torch.empty(site.shape[:-1]) if matrices.planned() else _squares(site.matrix()).sqrt()
+        self.magnitude = nn.Parameter(norms)
         self.scale, self.dropout = scale, dropout
         self._known: tuple[tuple[int, int], Tensor] | None = None
 
@@ -95,5 +88,5 @@ class Decomposed(WeightModule):
 
 def _squares(weight: Tensor) -> Tensor:
     """Squared norms of the rows of (..., O, I), summed in fp32 or better."""
-    wide = weight.float() if weight.element_size() < 4 else weight
-    return wide.square().sum(-1)
+    wide = torch.float32 if weight.element_size() < 4 else weight.dtype
+    return torch.linalg.vector_norm(weight, dim=-1, dtype=wide).square()

@@ -104,17 +104,14 @@ class SingularValues(LowRankModule):
         return self.taken_down, self.taken_up
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        """All of it, the components cut out among it."""
         return dict(self.state_dict())
 
 
 def _cut(site: Site, technique: KaSA) -> tuple[Tensor, Tensor]:
     """(down (..., R, I), up (..., O, R)) whose product is what leaves the weight."""
-    if technique.truncation == "given":
-        return (
-            matrices.zeros(site, technique.rank, site.width_in),
-            matrices.zeros(site, site.width_out, technique.rank),
-        )
+    if technique.truncation == "given" or matrices.planned():
+        rank = technique.rank
+        return matrices.zeros(site, rank, site.width_in), matrices.zeros(site, site.width_out, rank)
     assert site.matrix is not None
     weight = matrices.finite(site.matrix(), f"{site.key}: its weight")
     left, values, right = matrices.bottom_singular(weight, technique.rank)

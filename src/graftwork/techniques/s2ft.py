@@ -23,6 +23,7 @@ from graftwork.engine.below import Below
 from graftwork.engine.modules import DeltaModule
 from graftwork.engine.selected import selected_linear
 from graftwork.errors import BadOption
+from graftwork.initialisers import matrices
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -103,6 +104,8 @@ class Columns(DeltaModule):
 
 def _chosen(site: Site, technique: S2FT, units: int, count: int) -> Tensor:
     """Numbers of the units that train."""
+    if matrices.planned():
+        return torch.zeros(count, dtype=torch.int64)
     if technique.selection == "random":
         generator = torch.Generator().manual_seed(technique.seed + zlib.crc32(site.key.encode()))
         return torch.randperm(units, generator=generator)[:count].to(site.device)
