@@ -124,5 +124,11 @@ class Site:
         """Whether the site stands for a parameter of its own; a block or inner activation borrows one."""
         return self.kind in _WEIGHTED and self.side is Side.OUTPUT and self.entry is None
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether that parameter is a matrix which a signal is multiplied by: no table, no gains of a norm."""
+        return self.weighted and self.kind in _MATRICES
 
-_WEIGHTED = (Kind.LINEAR, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.PARAMETER)
+
+_MATRICES = (Kind.LINEAR, Kind.CONVOLUTION, Kind.PARAMETER)
+_WEIGHTED = (*_MATRICES, Kind.EMBEDDING, Kind.NORM)

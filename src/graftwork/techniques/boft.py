@@ -23,7 +23,7 @@ from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
 from graftwork.reference.site import Site
 from graftwork.reference.technique import AtLeast, Technique
-from graftwork.techniques.oft import ROTATED, cayley, check_divides, turned
+from graftwork.techniques.oft import cayley, check_divides, turned
 
 if TYPE_CHECKING:
     from graftwork.engine.below import Below
@@ -60,7 +60,7 @@ class BOFT(Technique):
     terms: Annotated[int | None, AtLeast(2)] = None
 
     def fits(self, site: Site) -> bool:
-        return site.weighted and site.kind in ROTATED
+        return site.multiplies
 
     def build(self, site: Site) -> nn.Module:
         check_divides(self.name, "block", self.block, site)

@@ -22,7 +22,7 @@ from graftwork.engine.rescaled import rescaled
 from graftwork.initialisers import INITIALISERS, matrices
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Site
 from graftwork.techniques.lora import LoRA
 
 
@@ -41,7 +41,7 @@ class DoRA(LoRA):
     init: Literal["kaiming", "gaussian"] = "kaiming"  # type: ignore[assignment]
 
     def fits(self, site: Site) -> bool:
-        return super().fits(site) and site.kind is not Kind.EMBEDDING
+        return site.multiplies
 
     def build(self, site: Site) -> nn.Module:
         return Decomposed(site, self.rank, self.scale, self.dropout, self.init)

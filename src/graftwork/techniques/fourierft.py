@@ -20,7 +20,7 @@ from graftwork.errors import BadOption
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Site
 from graftwork.reference.technique import Above, AtLeast, Technique
 
 
@@ -59,7 +59,7 @@ class FourierFT(Technique):
         return self.alpha
 
     def fits(self, site: Site) -> bool:
-        return site.weighted and site.kind not in (Kind.NORM, Kind.EMBEDDING)
+        return site.multiplies
 
     def build(self, site: Site) -> nn.Module:
         frequencies = site.width_out * site.width_in

@@ -21,7 +21,7 @@ from graftwork.errors import BadOption
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Site
 from graftwork.reference.technique import AtLeast, Technique
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class HRA(Technique):
     rank: Annotated[int, AtLeast(2)] = 8
 
     def fits(self, site: Site) -> bool:
-        return site.weighted and site.kind in (Kind.LINEAR, Kind.CONVOLUTION, Kind.PARAMETER)
+        return site.multiplies
 
     def build(self, site: Site) -> nn.Module:
         if self.rank % 2:

@@ -27,7 +27,7 @@ from graftwork.initialisers import kaiming, matrices
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Site
 from graftwork.reference.technique import Above, AtLeast, Between, Technique
 
 
@@ -68,7 +68,7 @@ class KaSA(Technique):
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
     def fits(self, site: Site) -> bool:
-        return site.weighted and site.kind not in (Kind.NORM, Kind.EMBEDDING)
+        return site.multiplies
 
     def build(self, site: Site) -> nn.Module:
         smaller = min(site.width_out, site.width_in)

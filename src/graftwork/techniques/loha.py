@@ -18,7 +18,7 @@ from graftwork.errors import BadOption
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Site
 from graftwork.reference.technique import Above, AtLeast, Technique
 
 
@@ -55,7 +55,7 @@ class LoHa(Technique):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def fits(self, site: Site) -> bool:
-        return site.weighted and site.kind not in (Kind.NORM, Kind.EMBEDDING)
+        return site.multiplies
 
     def build(self, site: Site) -> nn.Module:
         rows, columns = site.width_out, site.width_in

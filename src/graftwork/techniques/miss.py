@@ -18,7 +18,7 @@ from graftwork.errors import BadOption
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Site
 from graftwork.reference.technique import AtLeast, Technique
 
 
@@ -49,7 +49,7 @@ class MiSS(Technique):
     rank: Annotated[int, AtLeast(1)] = 64
 
     def fits(self, site: Site) -> bool:
-        return site.weighted and site.kind not in (Kind.NORM, Kind.EMBEDDING)
+        return site.multiplies
 
     def build(self, site: Site) -> nn.Module:
         if self.rank > site.width_in:

@@ -20,13 +20,11 @@ from graftwork.errors import BadOption
 from graftwork.reference.card import Card, Sharing
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Site
 from graftwork.reference.technique import AtLeast, Technique
 
 if TYPE_CHECKING:
     from graftwork.engine.below import Below
-
-ROTATED = (Kind.LINEAR, Kind.CONVOLUTION, Kind.PARAMETER)
 
 
 @register
@@ -61,7 +59,7 @@ class OFT(Technique):
     one_block: bool = False
 
     def fits(self, site: Site) -> bool:
-        return site.weighted and site.kind in ROTATED
+        return site.multiplies
 
     def build(self, site: Site) -> nn.Module:
         check_divides(self.name, "block", self.block, site)

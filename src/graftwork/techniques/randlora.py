@@ -22,7 +22,7 @@ from graftwork.errors import BadOption
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Site
 from graftwork.reference.technique import Above, AtLeast, Technique
 
 
@@ -61,7 +61,7 @@ class RandLoRA(Technique):
         return 20.0 if self.alpha is None else self.alpha / self.rank
 
     def fits(self, site: Site) -> bool:
-        return site.weighted and site.kind not in (Kind.NORM, Kind.EMBEDDING)
+        return site.multiplies
 
     def build(self, site: Site) -> nn.Module:
         small = min(site.width_in, site.width_out)

@@ -27,7 +27,7 @@ from graftwork.reference.properties import (
     InterConnectivity,
     IntraConnectivity,
 )
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Site
 from graftwork.reference.technique import AtLeast, Technique
 
 
@@ -60,7 +60,7 @@ class SHiRA(Technique):
     seed: Annotated[int, AtLeast(0)] = 0
 
     def fits(self, site: Site) -> bool:
-        return site.weighted and site.kind not in (Kind.NORM, Kind.EMBEDDING)
+        return site.multiplies
 
     def count(self, site: Site) -> int:
         """Values trained per matrix."""

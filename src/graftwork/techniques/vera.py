@@ -20,7 +20,7 @@ from graftwork.engine.seeded import Frozen, generator, spread
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Site
 from graftwork.reference.technique import Above, AtLeast, Technique
 
 
@@ -54,7 +54,7 @@ class VeRA(Technique):
     seed: Annotated[int, AtLeast(0)] = 0
 
     def fits(self, site: Site) -> bool:
-        return site.weighted and site.kind not in (Kind.NORM, Kind.EMBEDDING)
+        return site.multiplies
 
     def build(self, site: Site) -> nn.Module:
         return Scaled(site, self.rank, self.initial)
