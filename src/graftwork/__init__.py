@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from graftwork.reference.site import Site
     from graftwork.reference.technique import Technique
     from graftwork.reference.typology import compare, describe
+    from graftwork.training.evaluate import evaluate
+    from graftwork.training.recipe import Recipe
+    from graftwork.training.run import tune
 
 __version__ = "0.1.0"
 
@@ -40,6 +43,7 @@ _HOMES = {
     "Card": "graftwork.reference.card",
     "GaLore": "graftwork.optimizers.galore",
     "NaturalGaLore": "graftwork.optimizers.natural_galore",
+    "Recipe": "graftwork.training.recipe",
     "Site": "graftwork.reference.site",
     "Technique": "graftwork.reference.technique",
     "active": "graftwork.engine.verbs",
@@ -52,6 +56,7 @@ _HOMES = {
     "convert": "graftwork.adapters.convert",
     "cost": "graftwork.analysis.cost",
     "describe": "graftwork.reference.typology",
+    "evaluate": "graftwork.training.evaluate",
     "lean": "graftwork.engine.lean_host",
     "load": "graftwork.adapters.store",
     "merge": "graftwork.engine.merging",
@@ -60,6 +65,7 @@ _HOMES = {
     "save": "graftwork.adapters.store",
     "techniques": "graftwork.reference.catalogue",
     "trainable": "graftwork.engine.verbs",
+    "tune": "graftwork.training.run",
     "unmerge": "graftwork.engine.merging",
 }
 

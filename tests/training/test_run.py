@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_runs import recipe_values, save_host, save_rows
 
+import graftwork as gw
 import graftwork.adapters.store as store
 from graftwork.engine.verbs import adapters
 from graftwork.errors import BadData, BadOption, BadRecipe, PortUnavailable, StateError
@@ -28,6 +29,10 @@ def run(stage: Path, output: Path, technique: object = None, **training: object)
 def finished(stage: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
     output = tmp_path_factory.mktemp("finished") / "run"
     return output, run(stage, output)
+
+
+def test_public_names() -> None:
+    assert (gw.tune, gw.evaluate, gw.Recipe) == (tune, evaluate, Recipe)
 
 
 def test_what_a_run_folder_holds(finished: tuple[Path, RunResult]) -> None:
