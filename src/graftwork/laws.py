@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import graftwork as gw
 from graftwork.engine.adapter import Adapter
+from graftwork.engine.recompute import enable_checkpointing
 from graftwork.errors import NotMergeable, RouteError
 from graftwork.reference.properties import Port
 from graftwork.reference.site import Access
@@ -301,7 +302,7 @@ def _routed_gradients(
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
     if reentrant is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        enable_checkpointing(model, reentrant=reentrant)
         if hasattr(model, "enable_input_require_grads"):
             with contextlib.suppress(NotImplementedError):
                 model.enable_input_require_grads()

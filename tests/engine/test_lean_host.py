@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import graftwork as gw
 from graftwork.analysis.saved import saved_bytes
 from graftwork.engine.lean_host import lean
+from graftwork.engine.recompute import enable_checkpointing
 from graftwork.errors import StateError
 from graftwork.testing import tiny
 
@@ -110,7 +111,7 @@ def test_recomputation_agrees() -> None:
     _, wanted = step(*attached("llama"))
     model, adapter = attached("llama")
     lean(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model)
     _, found = step(model, adapter)
     for one, other in zip(found, wanted, strict=True):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-6)

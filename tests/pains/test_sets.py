@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import graftwork as gw
 from graftwork.engine.attach import state_of
+from graftwork.engine.recompute import enable_checkpointing
 from graftwork.errors import BadFile
 from graftwork.testing import tiny, tiny_batch
 
@@ -95,7 +96,7 @@ def trained(host: str, technique: gw.Technique, reentrant: bool | None) -> dict[
     model, inputs = tiny(host).train(), tiny_batch(host)
     adapter = grafted(model, technique, seed=4, head=False)
     if reentrant is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        enable_checkpointing(model, reentrant=reentrant)
         model.enable_input_require_grads()
     return gradients(model, adapter, inputs)
 
@@ -138,7 +139,7 @@ def test_pain_next_recomputation_is_given_the_route_of_its_forward(name: str, re
         model, inputs = llama().train(), tiny_batch("llama")
         adapter = grafted(model, CARRIED[name], "ann", seed=4)
         if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            enable_checkpointing(model, reentrant=reentrant)
             model.enable_input_require_grads()
         with gw.route(model, ["ann"], torch.tensor([0, -1, 0])):
             loss = model(**inputs).logits.square().mean()

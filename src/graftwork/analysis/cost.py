@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from graftwork.analysis.saved import saved_bytes
 from graftwork.engine.attach import attach
 from graftwork.engine.export import is_adapter_key
+from graftwork.engine.recompute import enable_checkpointing
 from graftwork.engine.seat import seat_of
 from graftwork.errors import BadOption, StateError
 from graftwork.reference.technique import Technique
@@ -112,7 +113,7 @@ def _predict(
     adapter = attach(model, technique, verify=False)
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        enable_checkpointing(model)
     arguments = {k: torch.empty_like(v, device="cpu") for k, v in inputs.items()} if inputs else None
     step = Step(model, arguments or example_inputs(model, batch, sequence))
     base = [p for key, p in model.named_parameters() if not is_adapter_key(key)]

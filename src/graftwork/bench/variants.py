@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graftwork.bench import peer
 from graftwork.bench.hosts import Host, share
+from graftwork.engine.recompute import enable_checkpointing
 from graftwork.reference.technique import Technique
 
 FLOOR, FULL = "frozen floor", "full fine-tuning"
@@ -134,7 +135,7 @@ def ours(model: Any, variant: Variant) -> Any:
 
     attach(model, variant.technique())
     if variant.checkpointing:
-        _checkpoint(model)
+        enable_checkpointing(model)
     if variant.lean:
         from graftwork.engine.lean_host import lean
 
@@ -147,7 +148,7 @@ def theirs(model: Any, variant: Variant, host: Host) -> Any:
     assert variant.peer is not None
     wrapped = peer.wrap(model, variant.peer(host))
     if variant.checkpointing:
-        _checkpoint(model)
+        enable_checkpointing(model)
     return wrapped.train()
 
 
@@ -159,7 +160,3 @@ def floor(model: Any) -> Any:
 
     model.get_input_embeddings().register_forward_hook(track)
     return model
-
-
-def _checkpoint(model: Any) -> None:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

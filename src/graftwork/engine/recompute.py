@@ -13,8 +13,25 @@ from torch import nn
 
 from graftwork.engine.seat import SEAT
 from graftwork.engine.state import carrying
+from graftwork.errors import BadOption
 
 _NAME = "_gradient_checkpointing_func"
+
+
+def enable_checkpointing(model: nn.Module, *, reentrant: bool = False) -> None:
+    """Let a transformers model recompute its activations; BadOption where it cannot.
+
+    Newer transformers call it activation checkpointing and warn at the older name.
+    """
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        enable = getattr(model, name, None)
+        if enable is not None:
+            enable({"use_reentrant": reentrant})
+            return
+    raise BadOption(
+        f"{type(model).__name__} cannot recompute its activations: it has no activation_checkpointing_enable(). "
+        "Leave checkpointing out"
+    )
 
 
 def checkpoints(module: nn.Module) -> bool:

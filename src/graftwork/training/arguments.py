@@ -20,6 +20,7 @@ def training_arguments(training: Training, task: Task, folder: Path, processes: 
     _refuse_impossible(training, processes)
     options: dict[str, Any] = _interval("eval", training.evaluate_every)
     options |= _interval("save", training.save_every)
+    options |= _checkpointing(training.checkpointing)
     if training.sharding == "fsdp2":
         options |= {"fsdp": True, "fsdp_config": {"version": 2}}
     return TrainingArguments(
@@ -29,8 +30,6 @@ def training_arguments(training: Training, task: Task, folder: Path, processes: 
         per_device_train_batch_size=training.batch_size // (processes * training.accumulation),
         per_device_eval_batch_size=min(training.batch_size, EVALUATION_BATCH),
         gradient_accumulation_steps=training.accumulation,
-        activation_checkpointing=training.checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if training.checkpointing else None,
         learning_rate=training.learning_rate,
         lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
         warmup_steps=training.warmup,
@@ -58,6 +57,12 @@ def _interval(kind: str, every: str | int) -> dict[str, Any]:
     if isinstance(every, int):
         return {f"{kind}_strategy": "steps", f"{kind}_steps": every}
     return {f"{kind}_strategy": "no" if every == "never" else every}
+
+
+def _checkpointing(on: bool) -> dict[str, Any]:
+    known = TrainingArguments.__dataclass_fields__
+    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
+    return {name: on, f"{name}_kwargs": {"use_reentrant": False} if on else None}
 
 
 def _refuse_impossible(training: Training, processes: int) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import graftwork as gw
-from graftwork.errors import StateError
+from graftwork.engine.recompute import enable_checkpointing
+from graftwork.errors import BadOption, StateError
 from graftwork.testing import tiny
 
 from .kit import PROJECTIONS, batch, gradients, grafted, largest_gap, llama, loss_of
@@ -174,3 +175,23 @@ def test_a_checkpoint_of_the_users_own_tells_of_a_change():
     gw.active(model, "a")
     with pytest.raises(StateError, match="recomput"):
         out.sum().backward()
+
+
+class OlderModel(nn.Module):
+    """A model of transformers before the method was renamed."""
+
+    def gradient_checkpointing_enable(self, options: dict[str, bool]) -> None:
+        self.options = options
+
+
+def test_checkpointing_goes_on_by_the_newest_name_without_a_warning():
+    model = llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable_checkpointing(model)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    older = OlderModel()
+    enable_checkpointing(older, reentrant=True)
+    assert older.options == {"use_reentrant": True}
+    with pytest.raises(BadOption, match="Linear cannot recompute"):
+        enable_checkpointing(nn.Linear(1, 1))
