@@ -27,6 +27,7 @@ ORDER = (
     "analysis",
     "training",
     "bench",
+    "studies",
     "cli",
 )
 SAME_HEIGHT = {"data", "models", "tasks", "analysis"}

@@ -18,6 +18,7 @@ from graftwork.cli import (
     merge,
     pretrain,
     runs,
+    study,
     techniques,
     tune,
 )
@@ -42,6 +43,7 @@ app.command("convert")(convert.convert)
 app.command("pretrain")(pretrain.pretrain)
 app.command("demo")(demo.demo)
 app.command("bench")(bench.bench)
+app.command("study")(study.study)
 app.command("docs")(docs.docs)
 
 TRACEBACK = "--traceback"
