@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from graftwork.engine.modules import uniform
 from graftwork.errors import BadOption
 from graftwork.initialisers import matrices
 from graftwork.reference.site import Kind, Site
@@ -35,8 +36,8 @@ def kaiming(site: Site, rank: int, scale: float) -> Start:
     """A uniform in +-1/sqrt(I) (Kaiming with a = sqrt 5), B zero; for an embedding A zero and B normal."""
     if site.kind is Kind.EMBEDDING:
         return Start(matrices.zeros(site, rank, site.width_in), matrices.normal(site, site.width_out, rank))
-    down = matrices.uniform(site, rank, site.width_in, site.width_in**-0.5)
-    return Start(down, matrices.zeros(site, site.width_out, rank))
+    down = uniform(*site.batch, rank, site.width_in)
+    return Start(down.detach(), matrices.zeros(site, site.width_out, rank))
 
 
 def gaussian(site: Site, rank: int, scale: float) -> Start:
@@ -69,6 +70,8 @@ def given(site: Site, rank: int, scale: float) -> Start:
     down = matrices.zeros(site, rank, site.width_in)
     return Start(down, matrices.zeros(site, site.width_out, rank), taken=True)
 
+
+TAKING = frozenset({"pissa", "olora"})  # their pair comes with a file, which names "given" instead
 
 INITIALISERS: Mapping[str, Initialiser] = {
     "kaiming": kaiming,

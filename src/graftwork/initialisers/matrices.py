@@ -1,14 +1,15 @@
-"""Matrices to start from and their decompositions, in fp32 or better; seeded, so the same weight gives the same."""
+"""Matrices to start from, and decompositions in fp32 or better: the same weight gives the same."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from graftwork.engine.spectral import leading_triplets
 from graftwork.errors import BadOption
 from graftwork.reference.site import Site
 
-_OVERSAMPLE, _ITERATIONS, _SEED = 32, 8, 0
+_SPARE, _ROUNDS = 32, 8
 
 
 def planned() -> bool:
@@ -26,25 +27,17 @@ def normal(site: Site, rows: int, columns: int) -> Tensor:
     return torch.randn(*site.batch, rows, columns)
 
 
-def uniform(site: Site, rows: int, columns: int, bound: float) -> Tensor:
-    """Values uniform in +-bound (..., rows, columns)."""
-    return torch.empty(*site.batch, rows, columns).uniform_(-bound, bound)
-
-
 def top_singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """(U (..., O, R), S (..., R), V (..., I, R)), largest first.
 
-    By randomised subspace iteration with power steps (Halko et al. 2011, arXiv:0909.4061), or exactly where the rank
-    is no small part of the matrix.
+    By randomised subspace iteration, or exactly where the rank is no small part of the matrix.
     """
     smaller = min(matrix.shape[-2:])
-    if 4 * (rank + _OVERSAMPLE) > smaller:
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return left[..., :rank], values[..., :rank], right.mT[..., :rank]
-    devices = [matrix.device] if matrix.is_cuda else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(_SEED)
-        left, values, right = torch.svd_lowrank(matrix, q=rank + _OVERSAMPLE, niter=_ITERATIONS)
+    if 4 * (rank + _SPARE) > smaller:
+        left, values, rows = torch.linalg.svd(matrix, full_matrices=False)
+        right = rows.mT
+    else:
+        left, values, right = leading_triplets(matrix, rank + _SPARE, _ROUNDS)
     return left[..., :rank], values[..., :rank], right[..., :rank]
 
 

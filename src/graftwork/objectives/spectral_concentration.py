@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
+from graftwork.engine.spectral import leading_range
 from graftwork.errors import BadOption
 from graftwork.objectives.base import Context, Objective
 from graftwork.reference.technique import AtLeast
@@ -70,19 +71,13 @@ def frobenius_ratio(rows: Tensor, components: int, widest: int = WIDE) -> Tensor
 
 
 def leading(rows: Tensor, count: int) -> Tensor:
-    """About the `count` largest singular values of (M, D), by a randomised range finder (Halko et al. 2011).
+    """About the `count` largest singular values of (M, D).
 
-    The sketch comes from a generator of its own, so training's random numbers stay. The basis is held constant
-    in backward: to first order a singular value changes by the change of the matrix between its own vectors.
+    The basis is held constant in backward: to first order a singular value changes by the change of the matrix
+    between its own vectors.
     """
     with torch.no_grad():
-        seeded = torch.Generator(rows.device).manual_seed(0)
-        sketch = torch.randn(
-            rows.shape[1], min(count, *rows.shape), generator=seeded, device=rows.device, dtype=rows.dtype
-        )
-        basis = torch.linalg.qr(rows @ sketch).Q
-        for _ in range(ROUNDS):
-            basis = torch.linalg.qr(rows @ torch.linalg.qr(rows.mT @ basis).Q).Q
+        basis = leading_range(rows, count, ROUNDS)
     return torch.linalg.svdvals(basis.mT @ rows)
 
 

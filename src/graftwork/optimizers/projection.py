@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from graftwork.engine.spectral import leading_triplets
 from graftwork.errors import StateError
 
 Svd = Literal["exact", "randomized"]
@@ -24,8 +25,7 @@ def leading_basis(gradient: Tensor, rank: int, svd: Svd, seed: int) -> Tensor:
 
     Args:
         gradient: (n, m), float32 or float64.
-        svd: "exact", or "randomized": range finder with power iterations (Halko et al. 2011, arXiv:0909.4061,
-            algorithms 4.4 and 5.1), for large matrices.
+        svd: "exact", or "randomized": subspace iteration, for large matrices.
         seed: of the random range; the same seed and gradient give the same basis on every process.
 
     Raises:
@@ -37,7 +37,10 @@ def leading_basis(gradient: Tensor, rank: int, svd: Svd, seed: int) -> Tensor:
             "lower the learning rate, or skip such steps as torch.amp.GradScaler does"
         )
     wide = gradient.mT if gradient.shape[0] >= gradient.shape[1] else gradient
-    vectors = _left_vectors(wide) if svd == "exact" else _randomized_left_vectors(wide, rank, seed)
+    if svd == "exact":
+        vectors = torch.linalg.svd(wide, full_matrices=False)[0]
+    else:
+        vectors = leading_triplets(wide, rank + OVERSAMPLING, POWER_ITERATIONS, seed)[0]
     return vectors[:, :rank].clone(memory_format=torch.contiguous_format)  # a view would keep all of them
 
 
@@ -49,20 +52,3 @@ def project(gradient: Tensor, basis: Tensor) -> Tensor:
 def project_back(low: Tensor, basis: Tensor, shape: torch.Size) -> Tensor:
     """The transpose of `project`: back to `shape` (n, m)."""
     return low @ basis.mT if shape[0] >= shape[1] else basis @ low
-
-
-def _left_vectors(wide: Tensor) -> Tensor:
-    left: Tensor = torch.linalg.svd(wide, full_matrices=False)[0]
-    return left
-
-
-def _randomized_left_vectors(wide: Tensor, rank: int, seed: int) -> Tensor:
-    short, long = wide.shape
-    width = min(rank + OVERSAMPLING, short)
-    generator = torch.Generator(wide.device).manual_seed(seed)
-    probe = torch.randn(long, width, generator=generator, device=wide.device, dtype=wide.dtype)
-    span = torch.linalg.qr(wide @ probe)[0]
-    for _ in range(POWER_ITERATIONS):
-        other = torch.linalg.qr(wide.mT @ span)[0]
-        span = torch.linalg.qr(wide @ other)[0]
-    return span @ _left_vectors(span.mT @ wide)

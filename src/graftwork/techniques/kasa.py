@@ -15,7 +15,7 @@ keeps the first in - rank of them, which cuts nothing where in - rank >= out (`t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -80,7 +80,7 @@ class KaSA(Technique):
         return SingularValues(site, self)
 
     def stored(self) -> Technique:
-        return KaSA(**{**vars(self), "truncation": "given"})
+        return replace(self, truncation="given")
 
 
 class SingularValues(LowRankModule):
@@ -102,9 +102,6 @@ class SingularValues(LowRankModule):
 
     def taken(self) -> tuple[Tensor, Tensor]:
         return self.taken_down, self.taken_up
-
-    def stored_tensors(self) -> dict[str, Tensor]:
-        return dict(self.state_dict())
 
 
 def _cut(site: Site, technique: KaSA) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, Literal
 from torch import Tensor, nn
 
 from graftwork.engine.modules import LowRankModule
-from graftwork.initialisers import INITIALISERS
+from graftwork.initialisers import INITIALISERS, TAKING
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -77,7 +77,7 @@ class LoRA(Technique):
         return LowRank(site, self.rank, self.scale, self.dropout, self.init)
 
     def stored(self) -> Technique:
-        return replace(self, init="given") if self.init in ("pissa", "olora") else self
+        return replace(self, init="given") if self.init in TAKING else self
 
     def learning_rates(self) -> Mapping[str, float]:
         return {"up": self.up_rate} if self.up_rate != 1.0 else {}
@@ -97,7 +97,3 @@ class LowRank(LowRankModule):
 
     def taken(self) -> tuple[Tensor, Tensor] | None:
         return None if self.taken_down is None or self.taken_up is None else (self.taken_down, self.taken_up)
-
-    def stored_tensors(self) -> dict[str, Tensor]:
-        """All of it: a file brings the frozen pair, which need not be decomposed out of the base again."""
-        return dict(self.state_dict())
