@@ -255,6 +255,21 @@ def test_made_by_peft_read_here_and_written_again(case: str, tmp_path: Path) -> 
     assert gap(wanted, logits(loaded_by_peft(name, written), name)) < CLOSE
 
 
+BIASES: dict[str, peft.PeftConfig] = {
+    "vera": peft.VeraConfig(r=6, bias="vera_only", target_modules=["query"]),
+    "miss": peft.MissConfig(r=4, bias="all", target_modules=["query"]),
+    "oft": peft.OFTConfig(oft_block_size=4, bias="oft_only", target_modules=["query"]),
+}
+
+
+@pytest.mark.parametrize("case", BIASES)
+def test_biases_are_read_beside_every_layer_method(case: str, tmp_path: Path) -> None:
+    wanted = logits(made_by_peft("bert", BIASES[case], tmp_path), "bert")
+    model = host("bert")
+    load(model, tmp_path)
+    assert gap(wanted, logits(model, "bert")) < CLOSE
+
+
 MADE_HERE: dict[str, tuple[str, tuple[Technique, ...]]] = {
     "lora": ("llama", (LoRA(rank=3, alpha=5, stabilised=True),)),
     "lora and head": ("bert-classifier", (LoRA(rank=3, dropout=0.1),)),

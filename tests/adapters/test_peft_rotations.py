@@ -121,9 +121,13 @@ REFUSED_TO_WRITE: dict[str, tuple[str, tuple[Technique, ...], str]] = {
         "one block size for all of an adapter",
     ),
     "boft series": ("llama", (BOFT(terms=5),), "exact rotation only"),
-    "parts": ("gpt2", (OFT(block=4, workspaces=("attention.query",)),), "whole linear layers only"),
-    "convolution": ("resnet", (HRA(workspaces=("conv",)),), "whole linear layers only"),
-    "Conv1D": ("gpt2", (HRA(workspaces=("feedforward.up",)),), "does not adapt a Conv1D"),
+    "parts": (
+        "gpt2",
+        (OFT(block=4, workspaces=("attention.query",)),),
+        "no place for a part of a fused projection",
+    ),
+    "convolution": ("resnet", (HRA(workspaces=("conv",)),), "no place for a convolution"),
+    "Conv1D": ("gpt2", (HRA(workspaces=("feedforward.up",)),), "no place for a Conv1D"),
 }
 
 

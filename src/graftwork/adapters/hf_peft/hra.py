@@ -7,17 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from graftwork.adapters.hf_peft.config import Config
-from graftwork.adapters.hf_peft.extras import read_biases, read_saved
 from graftwork.adapters.hf_peft.host import Host, Part
-from graftwork.adapters.hf_peft.keys import pop_leaf
 from graftwork.adapters.hf_peft.layerwise import (
     INDIFFERENT,
     TARGETS,
     Layer,
-    check_shape,
+    check_linear,
+    check_shapes,
     document,
-    layers,
-    stored_layers,
+    layers_of,
+    read_layers,
     the_one,
 )
 from graftwork.adapters.stored import StoredAdapter
@@ -26,30 +25,29 @@ from graftwork.reference.site import Site
 from graftwork.techniques.hra import HRA
 
 LEAF = "hra_u"
+UNDERSTOOD = (*TARGETS, "r", "bias")
 REFUSED = {"apply_GS": "reflections made orthogonal to one another are another technique; merge it first"}
 
 
 def read(config: Config, tensors: dict[str, Tensor], host: Host) -> list[Part]:
     """Techniques and their tensors; takes what it understands out of `tensors`."""
-    config.check((*TARGETS, "r"), INDIFFERENT, REFUSED)
-    saved = read_saved(config, tensors, host)
-    vectors = pop_leaf(tensors, LEAF)
+    config.check(UNDERSTOOD, INDIFFERENT, REFUSED)
     rank = config.get("r", int, 8)
     if rank < 2 or rank % 2:
         raise BadFile(f"{config.where}: r={rank}; graftwork's HRA has an even number of reflections")
 
-    def layer(path: str, site: Site) -> Layer:
-        check_shape(path, LEAF, vectors[path], (site.width_in, rank), config.where)
-        return Layer((("rank", rank),), {"vectors": vectors[path].mT.contiguous()})
+    def layer(site: Site, own: dict[str, Tensor]) -> Layer:
+        check_linear(site, config.where)
+        check_shapes(site, own, {LEAF: (site.width_in, rank)}, config.where)
+        return Layer(HRA(rank=rank), {"vectors": own[LEAF].mT.contiguous()})
 
-    parts = layers(HRA.name, config, host, vectors, layer)
-    biases = read_biases(config.get("bias", str, "none"), tensors, host, config.where)
-    return [*parts, *biases, *saved]
+    return read_layers(config, tensors, host, {LEAF: LEAF}, layer)
 
 
 def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors by path and leaf)."""
-    found = stored_layers(stored, HRA)
-    own = {"r": the_one((technique.rank for technique, _, _ in found), "rank"), "apply_GS": False}
-    config, saved = document("HRA", stored, (place for _, place, _ in found), own)
-    return config, {f"{p.module}.{LEAF}": t["vectors"].mT.contiguous() for _, p, t in found} | saved
+    found = layers_of(stored, HRA)
+    rank = the_one((own.technique.rank for own in found), "rank")
+    fields = {"r": rank, "apply_GS": False, "bias": "none"}
+    config, saved = document("HRA", stored, (own.path for own in found), fields)
+    return config, {f"{own.path}.{LEAF}": own.tensors["vectors"].mT.contiguous() for own in found} | saved

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from graftwork.adapters.format import both_directions
 from graftwork.adapters.hf_peft.config import Config
-from graftwork.adapters.hf_peft.extras import is_transposed, read_saved, task_and_modules, written_modules
+from graftwork.adapters.hf_peft.extras import is_transposed, read_saved
 from graftwork.adapters.hf_peft.host import Host, Part
 from graftwork.adapters.hf_peft.keys import pop_leaf
-from graftwork.adapters.hf_peft.matching import safe_pattern, targeted
+from graftwork.adapters.hf_peft.layerwise import compare_targets, document
+from graftwork.adapters.hf_peft.matching import safe_pattern
 from graftwork.adapters.manifest import Place
 from graftwork.adapters.stored import StoredAdapter
 from graftwork.engine.channels import put, take
@@ -33,12 +33,7 @@ def read(config: Config, tensors: dict[str, Tensor], host: Host) -> list[Part]:
     config.check(UNDERSTOOD, INDIFFERENT)
     saved = read_saved(config, tensors, host)
     vectors = pop_leaf(tensors, LEAF)
-    for path in vectors:
-        host.module(path, config.where)
-    wanted = targeted(config, host.paths)
-    report = "" if wanted is None else both_directions(dict.fromkeys(wanted), vectors)
-    if report:
-        raise BadFile(f"{config.where}: target_modules and the file's modules differ: {report}")
+    compare_targets(config, host, vectors)
     borrowed = {path: site for path in vectors if (site := _values_before(config, host, path)) is not None}
     direct = {
         path: host.site(path, config.where, _side(config, path), Port.HIDDEN)
@@ -107,17 +102,11 @@ def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dic
             for key, own in stored.of(index).items():
                 place = stored.manifest.sites[key]
                 found[place.module] = place, _joined(key, place, own["scale"], found.get(place.module))
-    saved = written_modules(stored)
-    task, modules = task_and_modules(stored, saved)
-    config = {
-        "peft_type": "IA3",
-        "task_type": task,
-        "target_modules": sorted(found),
+    fields = {
         "feedforward_modules": sorted(p for p, (place, _) in found.items() if place.side == Side.INPUT),
         "fan_in_fan_out": all(is_transposed(place) for place, _ in found.values()),
-        "modules_to_save": modules,
-        "inference_mode": True,
     }
+    config, saved = document("IA3", stored, found, fields)
     return config, {f"{path}.{LEAF}": _shaped(place, v) for path, (place, v) in found.items()} | saved
 
 

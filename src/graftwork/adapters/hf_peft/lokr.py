@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from graftwork.adapters.hf_peft.config import Config
 from graftwork.adapters.hf_peft.host import Host, Part
-from graftwork.adapters.hf_peft.matrices import PLACES, SIZES, common, of_kind, only, read_matrices, sizes
-from graftwork.adapters.manifest import Place
+from graftwork.adapters.hf_peft.layerwise import (
+    SIZES,
+    TARGETS,
+    Layer,
+    Written,
+    document,
+    layers_of,
+    read_layers,
+    size_of,
+    sizes,
+    the_one,
+)
 from graftwork.adapters.stored import StoredAdapter
-from graftwork.reference.technique import Layers
+from graftwork.reference.site import Site
 from graftwork.techniques.lokr import LoKr
 
 LEAVES = {"lokr_w1": "left", "lokr_w2": "right.0", "lokr_w2_a": "right.0", "lokr_w2_b": "right.1"}
-UNDERSTOOD = (*PLACES, *SIZES, "decompose_factor")
+UNDERSTOOD = (*TARGETS, *SIZES, "decompose_factor")
 INDIFFERENT = ("init_weights", "rank_dropout", "rank_dropout_scale", "module_dropout")
 REFUSED = {
     "use_effective_conv2d": "factored kernels are not read; merge the adapter first",
@@ -27,35 +36,30 @@ REFUSED = {
 def read(config: Config, tensors: dict[str, Tensor], host: Host) -> list[Part]:
     """Techniques and their tensors; takes what it understands out of `tensors`."""
     config.check(UNDERSTOOD, INDIFFERENT, REFUSED)
-    factor = int(config.number("decompose_factor", -1))
-    make = partial(_technique, None if factor == -1 else factor)
-    return read_matrices(config, tensors, host, LEAVES, make, rank=8)
+    given = int(config.number("decompose_factor", -1))
+    factor = None if given == -1 else given
 
+    def layer(site: Site, own: dict[str, Tensor]) -> Layer:
+        rank, alpha = size_of(config, site.module, 8)
+        technique = LoKr(rank=rank, alpha=None if alpha == rank else alpha, factor=factor)
+        return Layer(technique, {name: t.flatten(1) for name, t in own.items()})
 
-def _technique(
-    factor: int | None, rank: int, alpha: float, workspaces: tuple[str, ...], layers: Layers
-) -> LoKr:
-    scale = None if alpha == rank else alpha
-    return LoKr(rank=rank, alpha=scale, factor=factor, workspaces=workspaces, layers=layers)
+    return read_layers(config, tensors, host, LEAVES, layer)
 
 
 def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors by path and leaf)."""
-    found = of_kind(stored, LoKr)
-    config, saved = common(stored, "LOKR", found)
-    factor = only((t.factor for t, _, _ in found.values()), "decompose_factor")
-    config |= sizes({path: (t.rank, t.scale * t.rank) for path, (t, _, _) in found.items()})
-    tensors: dict[str, Tensor] = {}
-    for path, (_, place, own) in found.items():
-        tensors |= {f"{path}.{leaf}": tensor for leaf, tensor in _leaves(place, own).items()}
-    return config | {"decompose_factor": -1 if factor is None else factor}, tensors | saved
+    found = layers_of(stored, LoKr, kernels=True)
+    factor = the_one((own.technique.factor for own in found), "decompose_factor")
+    options = {own.path: (own.technique.rank, own.technique.scale * own.technique.rank) for own in found}
+    fields = {**sizes(options), "decompose_factor": -1 if factor is None else factor}
+    config, saved = document("LOKR", stored, options, fields)
+    return config, {f"{own.path}.{leaf}": t for own in found for leaf, t in _leaves(own).items()} | saved
 
 
-def _leaves(place: Place, own: dict[str, Tensor]) -> dict[str, Tensor]:
+def _leaves(layer: Written[LoKr]) -> dict[str, Tensor]:
+    own, kernel = layer.tensors, layer.place.kernel
     if "right.1" in own:
         return {"lokr_w1": own["left"], "lokr_w2_a": own["right.0"], "lokr_w2_b": own["right.1"]}
     right = own["right.0"]
-    return {
-        "lokr_w1": own["left"],
-        "lokr_w2": right.reshape(len(right), -1, *place.kernel) if place.kernel else right,
-    }
+    return {"lokr_w1": own["left"], "lokr_w2": right.reshape(len(right), -1, *kernel) if kernel else right}

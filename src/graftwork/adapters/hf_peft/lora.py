@@ -8,10 +8,7 @@ magnitudes; for embeddings `lora_embedding_A` and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,10 +18,9 @@ from graftwork.adapters.hf_peft.config import Config
 from graftwork.adapters.hf_peft.extras import read_biases, read_saved
 from graftwork.adapters.hf_peft.host import Host, Part
 from graftwork.adapters.hf_peft.keys import pop_leaf
+from graftwork.adapters.hf_peft.layerwise import Layer, place_layers
 from graftwork.adapters.hf_peft.matching import by_pattern
-from graftwork.adapters.hf_peft.matrices import compare_targets
 from graftwork.errors import BadFile
-from graftwork.reference.properties import Port
 from graftwork.reference.site import Site
 from graftwork.techniques.dora import DoRA
 from graftwork.techniques.lora import LoRA
@@ -82,14 +78,12 @@ def read(config: Config, tensors: dict[str, Tensor], host: Host) -> list[Part]:
     _refuse_changed_base(config)
     saved = read_saved(config, tensors, host)
     factors = read_factors(config, tensors)
-    compare_targets(config, host, factors)
+
+    def layer(site: Site, own: Factors) -> Layer:
+        return Layer(_technique(config, own), _fitting(site, own, config.where))
+
+    parts = place_layers(config, host, factors, layer)
     _drop_frozen_copies(config, tensors, host)
-    parts = []
-    sites = {path: host.site(path, config.where) for path in factors}
-    for kind in dict.fromkeys((len(f.down), f.alpha) for f in factors.values()):
-        here = [sites[path] for path, f in factors.items() if (len(f.down), f.alpha) == kind]
-        for technique, group in host.cover(here, Port.WEIGHT, partial(_technique, config, *kind)):
-            parts.append(Part(technique, group, _placed(group, factors, config.where)))
     bias = config.get("bias", str, "none")
     return [*parts, *read_biases(bias, tensors, host, config.where), *saved]
 
@@ -121,35 +115,26 @@ def _factors(config: Config, path: str, down: Tensor, up: Tensor, magnitude: Ten
     return Factors(down.flatten(1), up.flatten(1), alpha, None if magnitude is None else magnitude.flatten())
 
 
-def _technique(config: Config, rank: int, alpha: float, workspaces: tuple[str, ...], layers: Any) -> LoRA:
+def _technique(config: Config, own: Factors) -> LoRA:
     kind = DoRA if config.get("use_dora", bool, False) else LoRA
     return kind(
-        rank=rank,
-        alpha=None if alpha == rank else alpha,
+        rank=len(own.down),
+        alpha=None if own.alpha == len(own.down) else own.alpha,
         stabilised=config.get("use_rslora", bool, False),
         dropout=float(config.number("lora_dropout", 0.0)),
-        workspaces=workspaces,
-        layers=layers,
     )
 
 
-def _placed(
-    group: tuple[Site, ...], factors: Mapping[str, Factors], where: str
-) -> dict[tuple[str, str], Tensor]:
-    out = {}
-    for site in group:
-        own = factors[site.module]
-        wanted = (site.width_in, site.width_out)
-        if (own.down.shape[1], len(own.up)) != wanted:
-            grouped = ". Grouped convolutions cannot be read: there its delta is no change of the weight"
-            raise BadFile(
-                f"{where}: {site.module} takes {own.down.shape[1]} and gives {len(own.up)} channels in the "
-                f"file, {wanted[0]} and {wanted[1]} here{grouped if site.kernel else ''}"
-            )
-        out[site.key, "down"], out[site.key, "up"] = own.down, own.up
-        if own.magnitude is not None:
-            out[site.key, "magnitude"] = own.magnitude
-    return out
+def _fitting(site: Site, own: Factors, where: str) -> dict[str, Tensor]:
+    wanted = (site.width_in, site.width_out)
+    if (own.down.shape[1], len(own.up)) != wanted:
+        grouped = ". Grouped convolutions cannot be read: there its delta is no change of the weight"
+        raise BadFile(
+            f"{where}: {site.module} takes {own.down.shape[1]} and gives {len(own.up)} channels in the "
+            f"file, {wanted[0]} and {wanted[1]} here{grouped if site.kernel else ''}"
+        )
+    factors = {"down": own.down, "up": own.up}
+    return factors if own.magnitude is None else factors | {"magnitude": own.magnitude}
 
 
 def _refuse_changed_base(config: Config) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftwork.adapters.hf_peft.extras import BIAS, is_transposed, task_and_modules, written_modules
+from graftwork.adapters.hf_peft.extras import BIAS, is_transposed
 from graftwork.adapters.hf_peft.host import Host
+from graftwork.adapters.hf_peft.layerwise import document
 from graftwork.adapters.hf_peft.lora import Factors
 from graftwork.adapters.hf_peft.matching import exact
 from graftwork.adapters.manifest import Place
@@ -31,16 +32,12 @@ def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dic
     lengths = written_magnitudes(stored)
     tensors |= {f"{path}.lora_magnitude_vector.weight": length for path, length in lengths.items()}
     full = written_biases(stored, host)
-    saved = written_modules(stored)
     tensors |= {f"{path}.{BIAS if path in factors else 'bias'}": bias for path, bias in full.items()}
-    task, modules = task_and_modules(stored, saved)
     rank = Counter(len(own.down) for own in factors.values()).most_common(1)[0][0]
     alpha = Counter(own.alpha for own in factors.values()).most_common(1)[0][0]
     transposed = all(is_transposed(places[path]) for path in factors)
     kinds = _low_rank(stored)
-    config = {
-        "peft_type": "LORA",
-        "task_type": task,
+    fields = {
         "r": rank,
         "lora_alpha": _plain(alpha),
         "rank_pattern": {exact(p): len(own.down) for p, own in factors.items() if len(own.down) != rank},
@@ -50,10 +47,8 @@ def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dic
         "use_dora": bool(lengths),
         "bias": _bias_option(full, factors),
         "fan_in_fan_out": transposed,
-        "target_modules": sorted(factors),
-        "modules_to_save": modules,
-        "inference_mode": True,
     }
+    config, saved = document("LORA", stored, factors, fields)
     return config, tensors | saved
 
 

@@ -8,14 +8,22 @@ from torch import Tensor
 
 from graftwork.adapters.hf_peft.config import Config
 from graftwork.adapters.hf_peft.host import Host, Part
-from graftwork.adapters.hf_peft.matrices import PLACES, common, of_kind, only, read_matrices
+from graftwork.adapters.hf_peft.layerwise import (
+    TARGETS,
+    Layer,
+    document,
+    layers_of,
+    named,
+    read_layers,
+    the_one,
+)
 from graftwork.adapters.stored import StoredAdapter
 from graftwork.errors import BadFile
-from graftwork.reference.technique import Layers
+from graftwork.reference.site import Site
 from graftwork.techniques.miss import MiSS
 
 LEAVES = {"miss_block": "block"}
-UNDERSTOOD = (*PLACES, "r", "bias", "init_weights")
+UNDERSTOOD = (*TARGETS, "r", "bias", "init_weights")
 INDIFFERENT = ("mini_r", "miss_dropout")
 
 
@@ -27,20 +35,17 @@ def read(config: Config, tensors: dict[str, Tensor], host: Host) -> list[Part]:
         raise BadFile(
             f"{config.where}: init_weights={variant!r} is another parametrisation, which is not read"
         )
-    if config.get("bias", str, "none") != "none":
-        raise BadFile(f"{config.where}: biases are read beside LORA only")
-    return read_matrices(config, tensors, host, LEAVES, _technique, rank=64)
+    rank = config.get("r", int, 64)
 
+    def layer(site: Site, own: dict[str, Tensor]) -> Layer:
+        return Layer(MiSS(rank=rank), own)
 
-def _technique(rank: int, alpha: float, workspaces: tuple[str, ...], layers: Layers) -> MiSS:
-    return MiSS(rank=rank, workspaces=workspaces, layers=layers)
+    return read_layers(config, tensors, host, LEAVES, layer)
 
 
 def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors by path and leaf)."""
-    found = of_kind(stored, MiSS)
-    if any(place.kernel for _, place, _ in found.values()):
-        raise BadFile("HF PEFT's MiSS takes linear layers only")
-    config, saved = common(stored, "MISS", found)
-    config["r"] = only((technique.rank for technique, _, _ in found.values()), "r")
-    return config, {f"{path}.miss_block": own["block"] for path, (_, _, own) in found.items()} | saved
+    found = layers_of(stored, MiSS)
+    fields = {"r": the_one((own.technique.rank for own in found), "rank"), "bias": "none"}
+    config, saved = document("MISS", stored, (own.path for own in found), fields)
+    return config, named(found, LEAVES) | saved

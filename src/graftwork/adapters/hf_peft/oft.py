@@ -13,17 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from graftwork.adapters.hf_peft.config import Config
-from graftwork.adapters.hf_peft.extras import read_biases, read_saved
 from graftwork.adapters.hf_peft.host import Host, Part
-from graftwork.adapters.hf_peft.keys import pop_leaf
 from graftwork.adapters.hf_peft.layerwise import (
     INDIFFERENT,
     TARGETS,
     Layer,
-    check_shape,
+    check_linear,
+    check_shapes,
     document,
-    layers,
-    stored_layers,
+    layers_of,
+    read_layers,
     the_one,
 )
 from graftwork.adapters.stored import StoredAdapter
@@ -39,6 +38,7 @@ UNDERSTOOD = (
     "block_share",
     "use_cayley_neumann",
     "num_cayley_neumann_terms",
+    "bias",
 )
 REFUSED = {"coft": "its rotations are cut to a distance at each call; merge it first"}
 SERIES_SINCE = (0, 18)
@@ -48,21 +48,17 @@ FEWEST = 4  # fewer terms are another series in HF PEFT
 def read(config: Config, tensors: dict[str, Tensor], host: Host) -> list[Part]:
     """Techniques and their tensors; takes what it understands out of `tensors`."""
     config.check(UNDERSTOOD, (*INDIFFERENT, "module_dropout", "eps"), REFUSED)
-    saved = read_saved(config, tensors, host)
-    entries = pop_leaf(tensors, LEAF)
     shared, terms = config.get("block_share", bool, False), _terms(config)
 
-    def layer(path: str, site: Site) -> Layer:
-        own = entries[path]
-        block = (1 + isqrt(1 + 8 * own.shape[-1])) // 2
-        count = 1 if shared else site.width_in // block
-        check_shape(path, LEAF, own, (count, block * (block - 1) // 2), config.where)
-        options = (("block", block), ("terms", terms), ("one_block", shared))
-        return Layer(options, {"skew": own if terms is None else -own})
+    def layer(site: Site, own: dict[str, Tensor]) -> Layer:
+        check_linear(site, config.where)
+        block = (1 + isqrt(1 + 8 * own[LEAF].shape[-1])) // 2
+        shape = (1 if shared else site.width_in // block, block * (block - 1) // 2)
+        check_shapes(site, own, {LEAF: shape}, config.where)
+        technique = OFT(block=block, terms=terms, one_block=shared)
+        return Layer(technique, {"skew": own[LEAF] if terms is None else -own[LEAF]})
 
-    parts = layers(OFT.name, config, host, entries, layer)
-    biases = read_biases(config.get("bias", str, "none"), tensors, host, config.where)
-    return [*parts, *biases, *saved]
+    return read_layers(config, tensors, host, {LEAF: LEAF}, layer)
 
 
 def _terms(config: Config) -> int | None:
@@ -87,21 +83,22 @@ def _version(config: Config) -> tuple[int, ...]:
 
 def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors by path and leaf)."""
-    found = stored_layers(stored, OFT)
-    terms = the_one((technique.terms for technique, _, _ in found), "series")
+    found = layers_of(stored, OFT)
+    terms = the_one((own.technique.terms for own in found), "series")
     if terms is not None and terms < FEWEST:
         raise BadFile(f"HF PEFT has no series of {terms} terms, the shortest has {FEWEST}")
-    own = {
+    fields = {
         "peft_version": "0.18.0",  # whose series is meant
-        **_sizes({(technique.block, place.width_in) for technique, place, _ in found}),
-        "block_share": the_one((technique.one_block for technique, _, _ in found), "way to share blocks"),
+        **_sizes({(own.technique.block, own.place.width_in) for own in found}),
+        "block_share": the_one((own.technique.one_block for own in found), "way to share blocks"),
         "coft": False,
         "use_cayley_neumann": terms is not None,
         "num_cayley_neumann_terms": terms or 5,
+        "bias": "none",
     }
-    config, saved = document("OFT", stored, (place for _, place, _ in found), own)
+    config, saved = document("OFT", stored, (own.path for own in found), fields)
     sign = 1 if terms is None else -1
-    return config, {f"{p.module}.{LEAF}": sign * t["skew"] for _, p, t in found} | saved
+    return config, {f"{own.path}.{LEAF}": sign * own.tensors["skew"] for own in found} | saved
 
 
 def _sizes(blocks: set[tuple[int, int]]) -> dict[str, int]:
