@@ -8,6 +8,7 @@ GraftworkError
 ├── CardConflict        a card that contradicts its module, or an override the port cannot honour
 ├── NoGradient          a trainable adapter tensor that the first backward did not reach
 ├── NotMergeable        no change of weights can stand in for the adapter
+├── NotComposable       adapters whose sum is not defined, or that differ in what a sum needs equal
 ├── RouteError          a route whose shape, range or names do not fit
 ├── StateError          the model is not in the state the verb needs (merged, detached, subclassed after attach)
 ├── BadFile             an adapter file that is corrupt, incomplete, unsafe or of another format
@@ -54,6 +55,10 @@ class NoGradient(GraftworkError):
 
 class NotMergeable(GraftworkError):
     """No change of weights can stand in for the adapter."""
+
+
+class NotComposable(GraftworkError):
+    """Adapters whose sum is not defined, or that differ in what a sum needs equal."""
 
 
 class RouteError(GraftworkError):

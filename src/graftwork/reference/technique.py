@@ -14,9 +14,10 @@ from enum import Enum, EnumMeta
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from torch import nn
+from torch import Tensor, nn
 
 from graftwork.errors import BadOption, CardConflict, UnknownName, nearest
+from graftwork.reference.arithmetic import Arithmetic
 from graftwork.reference.card import Card
 from graftwork.reference.properties import Insertion, Integration, Port
 from graftwork.reference.site import Site
@@ -77,6 +78,7 @@ class Technique:
     """
 
     published: ClassVar[Card]
+    arithmetic: ClassVar[Arithmetic] = Arithmetic()  # how adapters of it add up; means only unless declared
     name: ClassVar[str] = "technique"
     example: ClassVar[str] = ""  # options that must be given, as a page about the technique spells them
 
@@ -141,6 +143,13 @@ class Technique:
         of them, under the names that the stored technique's modules use.
         """
         return self
+
+    def update(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """(down, up) whose product up @ down is the whole change of a weight, from one site's tensors in a file.
+
+        None where a file alone does not tell it.
+        """
+        return None
 
     def width_read(self, site: Site) -> int:
         """Channels a hidden-port module reads: the signal it changes, or the site's input when parallel."""

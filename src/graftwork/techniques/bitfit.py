@@ -12,6 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from graftwork.engine.modules import WeightModule, zeros
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -38,6 +39,7 @@ class BitFit(Technique, name="bitfit"):  # type: ignore[call-arg]
         citation="Ben Zaken et al. 2021, BitFit: Simple Parameter-efficient Fine-tuning for "
         "Transformer-based Masked Language-models, arXiv:2106.10199",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic({"delta": Role.CHANGE})
 
     def fits(self, site: Site) -> bool:
         chosen = self.workspaces is not None

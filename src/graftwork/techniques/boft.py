@@ -18,6 +18,7 @@ from graftwork.engine.modules import WeightModule, zeros
 from graftwork.engine.recomputed import recomputed
 from graftwork.engine.rescaled import rescaled
 from graftwork.errors import BadOption
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -54,6 +55,7 @@ class BOFT(Technique):
         citation="Liu et al. 2023, Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, "
         "arXiv:2311.06243",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic({"skew": Role.CHANGE, "gain": Role.GAIN})
 
     block: Annotated[int, AtLeast(2)] = 4
     butterflies: Annotated[int, AtLeast(1)] = 1

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from graftwork.engine.modules import HiddenModule, Linear, activation
 from graftwork.errors import BadOption
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -51,6 +52,7 @@ class BottleneckAdapter(Technique):
         parameters="width (in + out) + width + out per site",
         citation="Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic({"up.*": Role.SIGNED, "down.*": Role.INNER}, free=("init",))
 
     width: Annotated[int | None, AtLeast(1)] = None
     nonlinearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from graftwork.engine.modules import HiddenModule, zeros
 from graftwork.errors import BadOption
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card, Sharing
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -51,6 +52,9 @@ class Compacter(Technique):
         parameters="in + 3 width + 2 out per site, order^3 once",
         citation="Karimi Mahabadi et al. 2021, Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, "
         "arXiv:2106.04647",
+    )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic(
+        {"up.left": Role.SIGNED, "up.bias": Role.SIGNED, "*": Role.INNER}
     )
 
     order: Annotated[int, AtLeast(1)] = 4

@@ -10,6 +10,7 @@ answer is (m / |V|) (W x + s B A x). A channel whose row of W is all zeros keeps
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -20,6 +21,7 @@ from graftwork.engine.below import Below
 from graftwork.engine.modules import WeightModule
 from graftwork.engine.rescaled import rescaled
 from graftwork.initialisers import INITIALISERS, matrices
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.site import Site
@@ -37,11 +39,19 @@ class DoRA(LoRA):
         parameters="rank (in + out) + out per matrix",
         citation="Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv:2402.09353",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic(
+        {"up": Role.SIGNED, "down": Role.FACTOR, "magnitude": Role.HOST},
+        free=("alpha", "stabilised", "dropout", "up_rate", "init"),
+    )
 
     init: Literal["kaiming", "gaussian"] = "kaiming"  # type: ignore[assignment]
 
     def fits(self, site: Site) -> bool:
         return site.multiplies
+
+    def update(self, tensors: Mapping[str, Tensor]) -> None:
+        """The change depends on the weight's rows."""
+        return
 
     def build(self, site: Site) -> nn.Module:
         return Decomposed(site, self.rank, self.scale, self.dropout, self.init)

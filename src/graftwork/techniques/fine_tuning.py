@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from graftwork.engine.modules import WeightModule
 from graftwork.errors import PortUnavailable
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -46,6 +47,7 @@ class FineTuning(Technique):
         citation="Howard and Ruder 2018, Universal Language Model Fine-tuning for Text Classification, "
         "arXiv:1801.06146",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic({"*": Role.HOST}, free=("rate",))
 
     rate: Annotated[float, Above(0)] = 1.0
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from graftwork.engine.modules import DeltaModule, zeros
 from graftwork.engine.seeded import Frozen, generator
 from graftwork.errors import BadOption
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -49,6 +50,7 @@ class FourierFT(Technique):
         citation="Gao et al. 2024, Parameter-Efficient Fine-Tuning with Discrete Fourier Transform, "
         "arXiv:2405.03003",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic({"coefficients": Role.CHANGE})
 
     count: Annotated[int, AtLeast(1)] = 1000
     alpha: Annotated[float, Above(0)] = 150.0

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from graftwork.engine.modules import WeightModule
 from graftwork.errors import BadOption
+from graftwork.reference.arithmetic import Arithmetic
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -50,6 +51,9 @@ class HRA(Technique):
         parameters="rank in per matrix",
         citation="Yuan et al. 2024, Bridging The Gap between Low-rank and Orthogonal Adaptation via "
         "Householder Reflection Adaptation, arXiv:2405.17484",
+    )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic(
+        undefined={"*": "u and -u are the same reflection, so a sum of vectors means nothing"}
     )
 
     rank: Annotated[int, AtLeast(2)] = 8

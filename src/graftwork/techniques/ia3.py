@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.engine.modules import HiddenModule
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -46,6 +47,7 @@ class IA3(Technique):
         citation="Liu et al. 2022, Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than "
         "In-Context Learning, arXiv:2205.05638",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic({"scale": Role.GAIN})
 
     def build(self, site: Site) -> nn.Module:
         return Scale(site.width)

@@ -15,6 +15,7 @@ keeps the first in - rank of them, which cuts nothing where in - rank >= out (`t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from graftwork.engine.modules import LowRankModule
 from graftwork.errors import BadOption
 from graftwork.initialisers import kaiming, matrices
+from graftwork.reference.arithmetic import Arithmetic
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -57,6 +59,10 @@ class KaSA(Technique):
         citation="Wang et al. 2024, KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models, "
         "arXiv:2412.06071",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic(
+        undefined={"*": "it stands on a weight without its smallest components, which no sum puts back"},
+        free=("alpha", "dropout"),
+    )
 
     rank: Annotated[int, AtLeast(1)] = 8
     alpha: Annotated[float | None, Above(0)] = None
@@ -78,6 +84,11 @@ class KaSA(Technique):
                 f"as many singular components as its rank, so at most {smaller - 1}"
             )
         return SingularValues(site, self)
+
+    def update(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        up = self.scale * tensors["up"] * tensors["values"].unsqueeze(-2)
+        down = torch.cat([tensors["down"], tensors["taken_down"]], -2)
+        return down, torch.cat([up, -tensors["taken_up"]], -1)
 
     def stored(self) -> Technique:
         return replace(self, truncation="given")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from graftwork.engine.modules import DeltaModule, LowRankModule, uniform, zeros
 from graftwork.errors import BadOption
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -45,6 +46,9 @@ class LoHa(Technique):
         parameters="2 rank (in + out) per matrix",
         citation="Hyeon-Woo et al. 2021, FedPara: Low-Rank Hadamard Product for Communication-Efficient "
         "Federated Learning, arXiv:2108.06098",
+    )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic(
+        {"down2": Role.SIGNED, "down1": Role.FACTOR, "up1": Role.FACTOR, "up2": Role.FACTOR}, free=("alpha",)
     )
 
     rank: Annotated[int, AtLeast(1)] = 8

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from graftwork.engine.modules import DeltaModule, uniform, zeros
 from graftwork.engine.recomputed import recomputed
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -47,6 +48,9 @@ class LoKr(Technique):
         parameters="o1 i1 + rank (o2 + i2) per matrix, o1 o2 = out, i1 i2 = in",
         citation="Yeh et al. 2023, Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model "
         "Evaluation, arXiv:2309.14859",
+    )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic(
+        {"left": Role.SIGNED, "right.0": Role.FACTOR, "right.1": Role.FACTOR}, free=("alpha",)
     )
 
     rank: Annotated[int, AtLeast(1)] = 8

@@ -14,10 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from graftwork.engine.modules import LowRankModule
 from graftwork.initialisers import INITIALISERS, TAKING
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -57,6 +59,11 @@ class LoRA(Technique):
         parameters="rank (in + out) per matrix",
         citation="Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic(
+        {"up": Role.SIGNED, "down": Role.FACTOR},
+        undefined={"taken_*": "its update is B A less what its start took, which no sum of factors gives"},
+        free=("alpha", "stabilised", "dropout", "up_rate", "init"),
+    )
 
     rank: Annotated[int, AtLeast(1)] = 8
     alpha: Annotated[float | None, Above(0)] = None
@@ -78,6 +85,12 @@ class LoRA(Technique):
 
     def stored(self) -> Technique:
         return replace(self, init="given") if self.init in TAKING else self
+
+    def update(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        down, up = tensors["down"], self.scale * tensors["up"]
+        if "taken_down" not in tensors:
+            return down, up
+        return torch.cat([down, tensors["taken_down"]], -2), torch.cat([up, -tensors["taken_up"]], -1)
 
     def learning_rates(self) -> Mapping[str, float]:
         return {"up": self.up_rate} if self.up_rate != 1.0 else {}

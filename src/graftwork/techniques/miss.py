@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from graftwork.engine.modules import DeltaModule, zeros
 from graftwork.errors import BadOption
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -45,6 +46,7 @@ class MiSS(Technique):
         citation="Kang and Yin 2024, MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing "
         "Structure, arXiv:2409.15371",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic({"block": Role.CHANGE})
 
     rank: Annotated[int, AtLeast(1)] = 64
 

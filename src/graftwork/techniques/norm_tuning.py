@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -38,6 +39,7 @@ class NormTuning(Technique):
         citation="Zhao et al. 2023, Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM "
         "Finetuning, arXiv:2312.11420",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic({"*": Role.HOST})
 
     def fits(self, site: Site) -> bool:
         return site.kind is Kind.NORM

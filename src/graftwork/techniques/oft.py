@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from graftwork.engine.modules import WeightModule, zeros
 from graftwork.engine.recomputed import recomputed
 from graftwork.errors import BadOption
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card, Sharing
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -53,6 +54,7 @@ class OFT(Technique):
         citation="Qiu et al. 2023, Controlling Text-to-Image Diffusion by Orthogonal Finetuning, "
         "arXiv:2306.07280",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic({"skew": Role.CHANGE})
 
     block: Annotated[int, AtLeast(2)] = 32
     terms: Annotated[int | None, AtLeast(2)] = None

@@ -19,6 +19,7 @@ from graftwork.engine.modules import DeltaModule, zeros
 from graftwork.engine.recomputed import recomputed
 from graftwork.engine.seeded import Frozen, generator, spread
 from graftwork.errors import BadOption
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -50,6 +51,9 @@ class RandLoRA(Technique):
         parameters="n (rank + min(in, out)) per matrix, n = ceil(min(in, out) / rank)",
         citation="Albert et al. 2025, RandLoRA: Full-Rank Parameter-Efficient Fine-Tuning of Large Models, "
         "arXiv:2502.00987",
+    )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic(
+        {"weights": Role.SIGNED, "gains": Role.FACTOR}, free=("alpha",)
     )
 
     rank: Annotated[int, AtLeast(1)] = 32

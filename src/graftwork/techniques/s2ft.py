@@ -24,6 +24,7 @@ from graftwork.engine.modules import DeltaModule
 from graftwork.engine.selected import selected_linear
 from graftwork.errors import BadOption
 from graftwork.initialisers import matrices
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -57,6 +58,9 @@ class S2FT(Technique):
         parameters="out * share * in per matrix",
         citation="Yang et al. 2024, S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured "
         "Sparsity, arXiv:2412.06289",
+    )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic(
+        {"block": Role.CHANGE, "index": Role.FROZEN}, free=("seed", "selection", "keep")
     )
 
     share: Annotated[float, Between(0, 1, closed=True)] = 0.03

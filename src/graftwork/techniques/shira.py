@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from graftwork.engine.modules import DeltaModule, zeros
 from graftwork.engine.seeded import Frozen, generator
 from graftwork.errors import BadOption
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import (
@@ -55,6 +56,7 @@ class SHiRA(Technique):
         parameters="rank (in + out) per matrix",
         citation="Bhardwaj et al. 2024, Sparse High Rank Adapters, arXiv:2406.13175",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic({"values": Role.CHANGE})
 
     rank: Annotated[int, AtLeast(1)] = 32
     seed: Annotated[int, AtLeast(0)] = 0

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.engine.modules import HiddenModule, zeros
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -50,6 +51,7 @@ class SSF(Technique):
         citation="Lian et al. 2022, Scaling & Shifting Your Features: A New Baseline for Efficient Model "
         "Tuning, arXiv:2210.08823",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic({"scale": Role.GAIN, "shift": Role.CHANGE})
 
     def build(self, site: Site) -> nn.Module:
         return ScaleAndShift(site.width)

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from graftwork.engine.modules import HiddenModule, Linear
 from graftwork.errors import PortUnavailable
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -51,6 +52,7 @@ class TinyAttentionAdapter(Technique):
         citation="Zhao et al. 2022, Tiny-Attention Adapter: Contexts Are More Important Than the Number of "
         "Parameters, arXiv:2211.01979",
     )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic({"output.weight": Role.SIGNED, "*.weight": Role.INNER})
 
     width: Annotated[int, AtLeast(1)] = 1
     heads: Annotated[int, AtLeast(1)] = 4

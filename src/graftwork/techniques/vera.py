@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from graftwork.engine.modules import LowRankModule, zeros
 from graftwork.engine.seeded import Frozen, generator, spread
+from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -47,6 +48,9 @@ class VeRA(Technique):
         formula="y = W x + diag(b) B diag(d) A x, A and B frozen",
         parameters="rank + out per matrix",
         citation="Kopiczko et al. 2023, VeRA: Vector-based Random Matrix Adaptation, arXiv:2310.11454",
+    )
+    arithmetic: ClassVar[Arithmetic] = Arithmetic(
+        {"outer": Role.SIGNED, "inner": Role.FACTOR}, free=("initial",)
     )
 
     rank: Annotated[int, AtLeast(1)] = 256
