@@ -52,6 +52,10 @@ def test_from_recipe_to_merged_model(stage: Path, tmp_path: Path, capsys: pytest
     assert code == 2
     assert "not empty" in err
 
-    code, out, err = graftwork(capsys, "convert", tmp_path / "run" / "adapter", tmp_path / "peft")
-    assert code == 0, err
-    assert (tmp_path / "peft" / "adapter_config.json").exists()
+    written = []
+    for source, target in (("run/adapter", "one"), ("run", "other")):
+        code, out, err = graftwork(capsys, "convert", tmp_path / source, tmp_path / target)
+        assert code == 0, err
+        written.append({file.name: file.read_bytes() for file in (tmp_path / target).iterdir()})
+    assert "adapter_config.json" in written[0]
+    assert written[0] == written[1]

@@ -39,7 +39,7 @@ def convert(
     """Write the adapter at `source` to `target` in the other format.
 
     Args:
-        source: a file or folder, as `load` takes it.
+        source: a file, a folder or a run, as `load` takes it.
         target: graftwork: a file (`.safetensors` is added where missing); HF PEFT: a folder.
         format: the format to write, "graftwork" or "hf-peft".
         base: the base model or where its configuration is, when HF PEFT's folder does not tell.

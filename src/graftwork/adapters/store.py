@@ -18,6 +18,7 @@ from graftwork.errors import BadFile, BadOption, UnknownName, nearest
 OWN, HF_PEFT = "graftwork", "hf-peft"
 FORMATS = (OWN, HF_PEFT)
 SUFFIX = ".safetensors"
+IN_RUN = "adapter"  # the folder of a run that holds its adapter
 
 
 def save(model: nn.Module, folder: str | Path, name: str | None = None, *, format: str = OWN) -> Path:
@@ -60,7 +61,7 @@ def load(
     The format is told by content: graftwork's files and HF PEFT's folders.
 
     Args:
-        path: a file, or a folder that holds adapters.
+        path: a file, a folder that holds adapters, or a run folder.
         name: which of several in a folder, or another name than the stored one.
         allow_other_base: load although the base is not the one it was trained on; shapes must still fit.
 
@@ -85,7 +86,10 @@ def is_hf_peft(path: Path) -> bool:
 
 
 def locate(path: Path, name: str | None = None) -> Path:
-    """The one adapter meant: a file of ours or a folder of HF PEFT's. BadFile for none, and for several."""
+    """The one adapter meant: a file of ours or a folder of HF PEFT's. BadFile for none, and for several.
+
+    A run folder stands for the adapter that the run has written.
+    """
     try:
         present, is_folder = path.exists(), path.is_dir()
     except ValueError as error:
@@ -95,7 +99,7 @@ def locate(path: Path, name: str | None = None) -> Path:
     if not is_folder:
         beside = path.name == TENSORS and is_hf_peft(path.parent) and not is_own(path)
         return path.parent if beside else path
-    found = _inside(path)
+    found = _inside(path) or (_inside(path / IN_RUN) if (path / IN_RUN).is_dir() else [])
     chosen = [entry for entry in found if name is not None and entry.stem == name] or found
     if len(chosen) == 1:
         return chosen[0]

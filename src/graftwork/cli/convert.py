@@ -8,7 +8,7 @@ import typer
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="An adapter file, or the folder of one.")],
+    source: Annotated[str, typer.Argument(help="A run folder, an adapter file, or the folder of one.")],
     target: Annotated[str, typer.Argument(help="Where to write.")],
     format: Annotated[str, typer.Option(help="hf-peft or graftwork.")] = "hf-peft",
     base: Annotated[

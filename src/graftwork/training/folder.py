@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graftwork.adapters.store import IN_RUN
 from graftwork.errors import BadFile, StateError
 from graftwork.training import checkpoints, yaml
 from graftwork.training.journal import write_text
@@ -37,7 +38,7 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        return self.path / "adapter"
+        return self.path / IN_RUN
 
     @property
     def curves(self) -> Path:
