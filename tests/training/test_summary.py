@@ -1,6 +1,7 @@
 """The table of runs against hand-made results."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from statistics import stdev
@@ -46,6 +47,16 @@ def test_seeds_are_one_row_and_other_recipes_another(stage: Path, tmp_path: Path
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4
     assert printed[2].startswith("| LoRA(rank=2) | 0.005 | 3 |")
+
+
+def test_a_seed_that_was_run_again_counts_once_and_its_newest_run(stage: Path, tmp_path: Path) -> None:
+    folders = [put(stage, tmp_path / f"{n}", a, seed=n % 2) for n, a in enumerate([0.9, 0.6, 0.8, 0.7])]
+    for age, folder in enumerate(reversed(folders)):  # the first is the newest
+        os.utime(Path(folder) / "run.json", (1000 + age, 1000 + age))
+    names, [row] = table(read_runs([*folders, f"{folders[0]}/"]))
+    cells = dict(zip(names, row, strict=True))
+    assert cells["seeds"] == "2 (2 older left out)"
+    assert cells["validation"] == f"0.7500 ± {stdev([0.9, 0.6]):.4f}"
 
 
 def test_a_folder_without_a_finished_run_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ import typer
 def runs(
     folders: Annotated[list[str], typer.Argument(help="Run folders.", metavar="RUN...")],
 ) -> None:
-    """Scores and costs of finished runs as a Markdown table; runs that differ in the seed are one row."""
+    """Scores and costs of finished runs as a Markdown table; runs that differ in the seed are one row.
+
+    A seed that was run again counts once, by its newest run.
+    """
     from graftwork.training.summary import read_runs, table
 
     names, rows = table(read_runs(folders))
