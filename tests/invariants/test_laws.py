@@ -116,3 +116,13 @@ def test_law(name: str, host: str, law: str) -> None:
     except RouteError:
         assert (name, host) in UNROUTABLE
         pytest.skip(f"{UNROUTABLE[name, host]} (pinned)")
+
+
+@pytest.mark.parametrize("name", cases())
+def test_every_tensor_is_made_where_the_host_is(name: str) -> None:
+    model = tiny("bert").to("meta")
+    gw.attach(model, cases()[name])
+    elsewhere = {
+        key for key, tensor in (*model.named_parameters(), *model.named_buffers()) if not tensor.is_meta
+    }
+    assert not elsewhere

@@ -238,7 +238,7 @@ def _build(
     model: nn.Module, techniques: tuple[Technique, ...], wanted: list[tuple[int, Technique, Site]], name: str
 ) -> tuple[Placed, ...]:
     by_technique = [[site for i, _, site in wanted if i == number] for number in range(len(techniques))]
-    shared = [t.shared(sites) for t, sites in zip(techniques, by_technique, strict=True)]
+    shared = [_shared(t, sites) for t, sites in zip(techniques, by_technique, strict=True)]
     names = prefixes([(technique.name, site.key) for _, technique, site in wanted])
     placed = []
     for (index, technique, site), prefix in zip(wanted, names, strict=True):
@@ -259,6 +259,11 @@ def _tie(model: nn.Module, techniques: tuple[Technique, ...], placed: list[Place
             known = first.setdefault((place.index, id(host)), place)
             if known is not place:
                 techniques[place.index].tie(known.graft.module, place.graft.module)
+
+
+def _shared(technique: Technique, sites: list[Site]) -> nn.Module | None:
+    with torch.device(sites[0].device):
+        return technique.shared(sites)
 
 
 def _module(technique: Technique, site: Site, shared: nn.Module | None) -> nn.Module:
