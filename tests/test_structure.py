@@ -26,6 +26,7 @@ ORDER = (
     "tasks",
     "analysis",
     "training",
+    "continual",
     "bench",
     "studies",
     "cli",
