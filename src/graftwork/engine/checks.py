@@ -1,17 +1,23 @@
 """Nothing is a silent no-op: after the first forward every running site was met, after the first backward
-every trainable tensor of a running adapter has a gradient."""
+every trainable tensor of a running adapter has a gradient, and data-parallel training knows each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from graftwork.engine.seat import SEAT, Seat, seat_of
 from graftwork.engine.state import State
 from graftwork.errors import NoGradient, StateError
+
+_synchronised: WeakKeyDictionary[State, tuple[ReferenceType[nn.Module], tuple[str, ...]]] = (
+    WeakKeyDictionary()
+)
 
 
 def root_call(
@@ -27,6 +33,9 @@ def root_call(
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not state.running:
         return run(module, seat, base, args, kwargs)
     state.facts.check(module, SEAT, state.adapters.values())
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is not None and torch.is_grad_enabled():
+        _check_synchronised(wrapper, state)
     if not (state.unreached or state.ungraded):
         return run(module, seat, base, args, kwargs)
     out = run(module, seat, base, args, kwargs)
@@ -35,6 +44,22 @@ def root_call(
     if state.ungraded and torch.is_grad_enabled():
         _watch(out, state)
     return out
+
+
+def _check_synchronised(wrapper: nn.Module, state: State) -> None:
+    """DistributedDataParallel notes its tensors when it is made, and averages the gradients of no other."""
+    known = _synchronised.get(state)
+    if known is not None and known[0]() is wrapper and known[1] == state.training:
+        return
+    noted = {id(parameter) for parameter in wrapper._module_parameters}  # type: ignore[union-attr]
+    unknown = [f"{name}: {key}" for (name, key), p in _trainable(state).items() if id(p) not in noted]
+    if unknown:
+        raise StateError(
+            f"the model was wrapped in DistributedDataParallel before attach, so {len(unknown)} trainable adapter "
+            f"tensors ({', '.join(unknown[:2])}, ...) would never be synchronised between processes. Attach or "
+            "load first, then wrap the model"
+        )
+    _synchronised[state] = ref(wrapper), state.training
 
 
 def _check_reached(model: nn.Module, state: State) -> None:

@@ -105,6 +105,11 @@ def data_parallel(rank: int) -> None:
     _idle_but_trainable(rank)
     with _refused("wrap the model in DistributedDataParallel after attach"):
         gw.attach(wrapped, gw.LoRA(rank=2), name="third")
+    grafted(wrapped.module, gw.IA3(), "late", verify=False)
+    with torch.no_grad():
+        wrapped(**_rows(rank))
+    with _refused("before attach, so 6 trainable adapter tensors (late: 0/attention.key"):
+        wrapped(**_rows(rank))
 
 
 def _idle_but_trainable(rank: int) -> None:
