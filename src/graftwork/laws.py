@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import graftwork as gw
 from graftwork.engine.adapter import Adapter
 from graftwork.engine.recompute import enable_checkpointing
-from graftwork.errors import NotMergeable, RouteError
+from graftwork.errors import NotComposable, NotMergeable, RouteError
 from graftwork.reference.properties import Port
-from graftwork.reference.site import Access
+from graftwork.reference.site import Access, Kind
 from graftwork.reference.technique import Technique
 from graftwork.testing import tiny, tiny_batch
 
@@ -135,13 +135,38 @@ def merge_is_forward(host: str, technique: Technique) -> None:
         assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items()), "half-merged"
         assert torch.equal(answer(model, batch), attached)
         return
-    assert linear, "merged although its card says it is not linear"
+    rows = any(
+        place.site.kind is Kind.EMBEDDING for place in adapter.placed
+    )  # any function of a row is a row
+    assert linear or rows, "merged although its card says it is not linear"
     close(answer(model, batch), attached, 1e-5, "merged differs")
     gw.unmerge(model)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items()), (
         "unmerge is not bitwise"
     )
     assert torch.equal(answer(model, batch), attached), "unmerge lost the adapter"
+
+
+@torch.no_grad()
+def less_itself_is_nothing(host: str, technique: Technique) -> None:
+    """An adapter and its negative add up to the bare base, or the sum is refused with a reason; operands stay."""
+    model, batch = tiny(host), tiny_batch(host)
+    adapter = gw.attach(model, technique, name="a", head=False)
+    stir(adapter)
+    before = {name: tensor.clone() for name, tensor in adapter.tensors().items()}
+    with gw.active(model):
+        base = answer(model, batch)
+    try:
+        gw.negate(model, "a", name="minus")
+        negative = answer(model, batch)
+        gw.add(model, "a", "minus", name="nothing")
+    except NotComposable as refusal:
+        assert adapter.techniques[0].stored().name in str(refusal), f"refused without its name: {refusal}"
+        assert list(gw.adapters(model)) == ["a"], "half-composed"
+    else:
+        close(answer(model, batch), base, 1e-5, "an adapter and its negative are not the base")
+        assert not torch.equal(negative, base), "the negative changes nothing"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.tensors().items()), "operand changed"
 
 
 @torch.no_grad()
@@ -178,6 +203,28 @@ def routed_is_one_by_one(host: str, technique: Technique) -> None:
             routed = answer(model, batch)
         wanted = torch.stack([base[i] if row < 0 else alone[row][i] for i, row in enumerate(rows)])
         close(real(routed, batch), real(wanted, batch), 2e-6, f"route {rows}")
+
+
+def blended_is_routed(host: str, technique: Technique) -> None:
+    """A blend with one weight 1 is a routed batch, with none the bare base; where it cannot be, it is refused."""
+    model, batch = tiny(host), uncached(host)
+    for number, name in enumerate(("a", "b")):
+        stir(gw.attach(model, technique, name=name), seed=number)
+    rows = torch.tensor([0, -1, 1])
+    with gw.route(model, ["a", "b"], rows):
+        routed = answer(model, batch)
+    weights = torch.zeros(3, 2)
+    weights[0, 0] = weights[2, 1] = 1.0
+    placed = gw.adapters(model)["a"].placed
+    read = any(place.site.access in (Access.READ, Access.EITHER) for place in placed)
+    ports = {place.port for place in placed}
+    try:
+        with gw.route(model, ["a", "b"], weights=weights):
+            blended = answer(model, batch)
+    except RouteError:
+        assert read or not ports <= {Port.WEIGHT, Port.HIDDEN}, "possible by its ports, and refused"
+        return
+    close(real(blended, batch), real(routed, batch), 2e-6, "a blend of one")
 
 
 def routes_per_token(host: str, technique: Technique) -> None:
@@ -322,8 +369,10 @@ LAWS: dict[str, Law] = {
         attach_changes_nothing,
         every_tensor_trains,
         merge_is_forward,
+        less_itself_is_nothing,
         stacks_with_others,
         routed_is_one_by_one,
+        blended_is_routed,
         routes_per_token,
         a_file_brings_it_back,
         low_precision_keeps_its_precision,

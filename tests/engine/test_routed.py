@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 
+import graftwork as gw
 from graftwork.engine.routed import Rows, Stack, low_rank_routed
 from graftwork.errors import RouteError
+from graftwork.laws import stir
 
 IN, OUT = 6, 5
 
@@ -153,3 +155,16 @@ def test_one_graph_serves_every_route(tokens):
         index = torch.tensor(INDICES[name])
         torch.testing.assert_close(run(x, Rows.of(index, 3)), one_at_a_time(x, weight, None, adapters, index))
     assert counter.frame_count == 1
+
+
+def test_one_row_for_all_samples_again_and_again():
+    """An input that stands for every sample is laid out for each call, also once the factors are kept."""
+    host = nn.Sequential(nn.Linear(IN, OUT), nn.ReLU(), nn.Linear(OUT, IN))
+    x, alone = torch.randn(1, IN), []
+    for name in ("a", "b"):
+        stir(gw.attach(host, gw.LoRA(rank=2), name=name))
+        with torch.no_grad():
+            alone.append(host(x))
+    with torch.no_grad(), gw.route(host, ["a", "b"], torch.tensor([0, 1, 0])):
+        for _ in range(3):
+            torch.testing.assert_close(host(x), torch.cat([alone[0], alone[1], alone[0]]))

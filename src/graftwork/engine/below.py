@@ -19,15 +19,16 @@ class Below:
 
     Attributes:
         product: the answer (..., O) to x (..., I), bias included.
-        with_low_rank: the same plus a low-rank delta, in one function where that is possible.
-        read_matrix: the (O, I) matrix it multiplies by; a view of the stored one where nothing lies beneath.
+        with_low_rank: the same plus low-rank deltas, in one function where that is possible.
+        matrix: reads the (O, I) matrix it multiplies by, without the module's own change; a view of the stored one
+            where nothing lies beneath.
         bias: what the answer holds beside the product, (O,), or None.
         bare: nothing lies beneath but torch's own linear layer, which keeps no answer of its own for backward.
     """
 
     product: Callable[[Tensor], Tensor]
-    with_low_rank: Callable[[Tensor, Factors], Tensor]
-    read_matrix: Callable[[], Tensor]
+    with_low_rank: Callable[[Tensor, tuple[Factors, ...]], Tensor]
+    matrix: Callable[[], Tensor]
     bias: Tensor | None
     bare: bool
 
@@ -42,8 +43,4 @@ class Below:
 
     def low_rank(self, x: Tensor, down: Tensor, up: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
         """The answer to x plus scale * (drop(x) downᵀ) upᵀ."""
-        return self.with_low_rank(x, Factors(down, up, scale, dropout))
-
-    def matrix(self) -> Tensor:
-        """The (O, I) matrix without the module's own change."""
-        return self.read_matrix()
+        return self.with_low_rank(x, (Factors(down, up, scale, dropout),))

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from graftwork.engine import channels
 from graftwork.engine.modules import LowRankModule
-from graftwork.engine.route import Route
 from graftwork.engine.routed import Stack
 from graftwork.engine.seat import Graft, Seat
 
@@ -46,21 +45,26 @@ def of_stack(grafts: tuple[Graft, ...], training: bool) -> tuple[Factors, ...]:
 def of_route(
     seat: Seat, running: tuple[tuple[str, tuple[Graft, ...]], ...], x: Tensor, operation: Operation
 ) -> tuple[Factors, ...]:
-    """One group for all adapters of the route, masked per sample or token; with dropout, one group each."""
+    """One group for all adapters of the route or blend, masked or weighted per sample or token; with dropout, one
+    group each."""
     route = seat.state.route
     assert route is not None
-    index = laid_out(route, x, operation)
     grafts = [(route.names.index(name), graft) for name, grafts in running for graft in grafts]
-    training = grafts[0][1].module.training
+    training, layer = grafts[0][1].module.training, grafts[0][1].site.layer
     groups = [(number, group) for number, graft in grafts for group in _of(graft, training)]
+    tokens, dims = operation.tokens(x), operation.answer_dims(x)
+
+    def mask(numbers: list[int]) -> Tensor:
+        owners = torch.tensor(numbers, device=x.device)
+        return route.coordinates(owners, x.shape[0], tokens, dims, layer)
+
     if any(group.dropout for _, group in groups):
         return tuple(
-            Factors(g.down, g.up, g.scale, g.dropout, (index == n).expand(*index.shape[:-1], g.down.shape[0]))
-            for n, g in groups
+            Factors(g.down, g.up, g.scale, g.dropout, mask([n] * g.down.shape[0])) for n, g in groups
         )
-    owner = torch.tensor([n for n, g in groups for _ in range(g.down.shape[0])], device=x.device)
     joined = _side_by_side([group for _, group in groups])
-    return (Factors(joined.down, joined.up, joined.scale, 0.0, index == owner),)
+    owners = [n for n, g in groups for _ in range(g.down.shape[0])]
+    return (Factors(joined.down, joined.up, joined.scale, 0.0, mask(owners)),)
 
 
 def stack_of_route(
@@ -140,13 +144,6 @@ def _stacked(groups: dict[str, list[Factors]], names: tuple[str, ...], dtype: to
 
 def _triple(group: Factors | None) -> tuple[Tensor, Tensor, float] | None:
     return None if group is None else (group.down, group.up, group.scale)
-
-
-def laid_out(route: Route, x: Tensor, operation: Operation) -> Tensor:
-    """The route's index with trailing axes of one, so that it broadcasts against the operation's answer."""
-    tokens = operation.tokens(x)
-    index = route.fit(x.shape[0], tokens)
-    return index.view(*index.shape, *(1,) * (operation.answer_dims(x) - index.dim()))
 
 
 def _of(graft: Graft, training: bool) -> list[Factors]:

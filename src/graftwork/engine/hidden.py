@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from graftwork.engine import channels
+from graftwork.engine.blend import Blend
 from graftwork.engine.seat import Graft, Seat
 from graftwork.errors import RouteError, StateError
 from graftwork.reference.card import Card
@@ -72,11 +73,8 @@ def before(
     seat: Seat, running: Running, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments with the modules that change what the host reads applied to the signal."""
-    changed = x = signal(args, kwargs, seat.path)
-    for name, grafts in running:
-        for graft in grafts:
-            if graft.site.side is Side.INPUT:
-                changed = _apply(seat, name, graft, changed, changed)
+    x = signal(args, kwargs, seat.path)
+    changed = _through(seat, _at(running, Side.INPUT), x, lambda graft, now: now)
     if changed is x:
         return args, kwargs
     if args:
@@ -87,11 +85,33 @@ def before(
 def behind(seat: Seat, running: Running, entered: tuple[tuple[Any, ...], dict[str, Any]], out: Any) -> Any:
     """The host's answer with the modules that change it applied."""
     answer = out[0] if isinstance(out, tuple) else out
+    changed = _through(
+        seat, _at(running, Side.OUTPUT), answer, lambda graft, now: _read(seat, graft, entered, now)
+    )
+    return (changed, *out[1:]) if isinstance(out, tuple) else changed
+
+
+def _at(running: Running, side: Side) -> Running:
+    here = ((name, tuple(graft for graft in grafts if graft.site.side is side)) for name, grafts in running)
+    return tuple((name, grafts) for name, grafts in here if grafts)
+
+
+def _through(seat: Seat, running: Running, y: Tensor, read: Callable[[Graft, Tensor], Tensor]) -> Tensor:
+    """The signal y with the modules of all running adapters applied: one on another, or blended."""
+    route = seat.state.route
+    if isinstance(route, Blend) and running:
+        answers = [(name, _one_on_another(seat, ((name, grafts),), y, read)) for name, grafts in running]
+        return route.mix(y, answers, running[0][1][0].site)
+    return _one_on_another(seat, running, y, read)
+
+
+def _one_on_another(
+    seat: Seat, running: Running, y: Tensor, read: Callable[[Graft, Tensor], Tensor]
+) -> Tensor:
     for name, grafts in running:
         for graft in grafts:
-            if graft.site.side is Side.OUTPUT:
-                answer = _apply(seat, name, graft, _read(seat, graft, entered, answer), answer)
-    return (answer, *out[1:]) if isinstance(out, tuple) else answer
+            y = _apply(seat, name, graft, read(graft, y), y)
+    return y
 
 
 def _read(
@@ -132,15 +152,19 @@ def _channels_last(graft: Graft) -> Graft:
 
 def _routed(seat: Seat, name: str, graft: Graft, x: Tensor, y: Tensor) -> Tensor:
     route = seat.state.route
+    if graft.module.span is not None:
+        return _spanned(seat, name, graft, x, y)
     if route is None:
         return integrate(graft.card, y, graft.module(x))
-    if y.shape[0] == 1 < route.index.shape[0]:
-        wide = route.index.shape[0], *(-1,) * (y.dim() - 1)
+    if y.shape[0] == 1 < route.batch:
+        wide = route.batch, *(-1,) * (y.dim() - 1)
         x, y = (y.expand(wide),) * 2 if x is y else (x.expand(wide), y.expand(wide))
     if route.per_token and not graft.card.token_wise:
         raise RouteError(
             f"{graft.site.key}: {graft.technique} mixes positions and cannot be routed per token"
         )
+    if isinstance(route, Blend):
+        return integrate(graft.card, y, graft.module(x))
     tokens = y.shape[1] if y.dim() == 3 else None
     if torch.compiler.is_compiling():
         mask = route.fit(y.shape[0], tokens) == route.names.index(name)
@@ -149,7 +173,29 @@ def _routed(seat: Seat, name: str, graft: Graft, x: Tensor, y: Tensor) -> Tensor
     rows = route.rows(name, y.shape[0], tokens)
     if rows.numel() == 0:
         return y
-    by_token = route.per_token and tokens is not None
+    return _on_rows(graft, rows, x, y, route.per_token and tokens is not None)
+
+
+def _spanned(seat: Seat, name: str, graft: Graft, x: Tensor, y: Tensor) -> Tensor:
+    """The signal changed at the positions of the module's span."""
+    frame = seat.state.slots
+    if frame is None or frame.extent is None:
+        raise StateError(
+            f"{graft.site.key}: {seat.path} was called outside its stack, so the positions {graft.technique} "
+            "is for are not known; call the model"
+        )
+    layout = None if frame.slots is None else frame.slots.layout
+    chosen = frame.extent.chosen(graft.module.span, seat.state.route, name, layout, y)
+    if chosen is None:
+        return y
+    mask, rows = chosen
+    if rows is None:
+        return torch.where(mask.unsqueeze(-1), integrate(graft.card, y, graft.module(x)), y)
+    return _on_rows(graft, rows, x, y, True) if rows.numel() else y
+
+
+def _on_rows(graft: Graft, rows: Tensor, x: Tensor, y: Tensor, by_token: bool) -> Tensor:
+    """The signal changed at some rows of the batch (or tokens of batch x tokens)."""
     flat_y, flat_x = (y.flatten(0, 1), x.flatten(0, 1)) if by_token else (y, x)
     mine = flat_y.index_select(0, rows)
     read = mine if x is y else flat_x.index_select(0, rows)

@@ -47,8 +47,10 @@ _known: WeakKeyDictionary[Route, dict[tuple[object, ...], Laid]] = WeakKeyDictio
 
 def gather(seat: Seat, key: Tensor, value: Tensor) -> Prefix | None:
     """The prefix of this forward, in the precision of `key` (B, H, K, D); None when no sample has one."""
-    route = seat.state.route
     running = seat.running(Port.ATTENTION)
+    if not running:
+        return None
+    route = seat.state.rows
     if route is not None and not torch.compiler.is_compiling():  # a compiled graph must serve any index
         running = tuple(entry for entry in running if route.uses(entry[0]))
     if not running:

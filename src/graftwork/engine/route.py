@@ -26,6 +26,7 @@ class Route:
         self.names = tuple(names)
         self.index = _checked(self.names, index)
         self.per_token = index.dim() == 2
+        self.batch = index.shape[0]
         self._fitted: dict[tuple[int, int | None], Tensor] = {}
         self._laid: dict[tuple[int, int | None], Rows] = {}
         self._laid_first = Rows.of(self.index, len(self.names))
@@ -77,27 +78,38 @@ class Route:
             self._rows[key] = found
         return found
 
+    def coordinates(
+        self, owners: Tensor, batch: int, tokens: int | None, dims: int, layer: int | None
+    ) -> Tensor:
+        """(B, 1 or T, ..., R) of `dims` dimensions: whether an inner coordinate, of adapter `owners`, is the row's."""
+        index = self.fit(batch, tokens)
+        return index.view(*index.shape, *(1,) * (dims - index.dim())) == owners
+
     def _lay_out(self, batch: int, tokens: int | None) -> Tensor:
-        size = self.index.shape[0]
-        if not self.per_token:
-            if batch == size:
-                return self.index
-            if batch % size == 0:
-                return self.index.repeat_interleave(batch // size)
-            raise RouteError(f"the route has {size} rows, this site sees a batch of {batch}")
-        length = self.index.shape[1]
-        if tokens == length and batch % size == 0:
-            return self.index if batch == size else self.index.repeat_interleave(batch // size, dim=0)
-        if tokens is None and batch == size * length:
-            return self.index.flatten()
-        raise RouteError(
-            f"the route assigns {size} x {length} tokens, this site sees {batch} rows"
-            + ("" if tokens is None else f" of {tokens} tokens")
-            + ". Route per sample, or give an index that covers every position of this forward"
-        )
+        return fitted(self.index, self.index.dim(), batch, tokens)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Route:
         return self
+
+
+def fitted(table: Tensor, lead: int, batch: int, tokens: int | None) -> Tensor:
+    """A table whose first axis counts samples (and, with `lead` 2, the second tokens) for a signal of `batch` rows."""
+    size = table.shape[0]
+    repeats = batch // size if batch % size == 0 else 0
+    if lead == 1:
+        if not repeats:
+            raise RouteError(f"the route has {size} rows, this site sees a batch of {batch}")
+        return table if repeats == 1 else table.repeat_interleave(repeats, dim=0)
+    length = table.shape[1]
+    if tokens == length and repeats:
+        return table if repeats == 1 else table.repeat_interleave(repeats, dim=0)
+    if tokens is None and batch == size * length:
+        return table.flatten(0, 1)
+    raise RouteError(
+        f"the route assigns {size} x {length} tokens, this site sees {batch} rows"
+        + ("" if tokens is None else f" of {tokens} tokens")
+        + ". Route per sample, or give an index that covers every position of this forward"
+    )
 
 
 def _checked(names: tuple[str, ...], index: Tensor) -> Tensor:

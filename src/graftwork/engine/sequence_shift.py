@@ -59,13 +59,12 @@ def shift_of(
     if not any(asked.values()):
         return None
     past = caches.length(cache)
-    if state.route is None:
+    route = state.rows
+    if route is None:
         total = sum(asked.values())
         return Shift(torch.full((batch,), total, device=device), total, bias, past)
-    index = state.route.fit(batch, None).to(device)
-    each = torch.tensor(
-        [*(asked[name] for name in state.route.names), 0], device=device
-    )  # -1: the last entry
+    index = route.fit(batch, None).to(device)
+    each = torch.tensor([*(asked[name] for name in route.names), 0], device=device)  # -1: the last entry
     return Shift(each[index], max(asked.values()), bias, past)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from graftwork.engine.seat import Graft, Seat
 from graftwork.engine.sequence_layout import Layout, leading, table
 from graftwork.engine.sequence_shift import Shift
+from graftwork.engine.sequence_spans import Extent
 from graftwork.errors import RouteError, StateError
 from graftwork.reference.properties import Port
 
@@ -121,12 +122,14 @@ class Frame:
         places: (B, S) positions for a table that counts by itself, None where it counts right.
         config: the stack's.
         shift: how far own positions are moved behind a prefix, None where they are not.
+        extent: which own positions are real, for hidden modules with a span; None where there are none.
     """
 
     slots: Slots | None
     places: Tensor | None
     config: Any
     shift: Shift | None = None
+    extent: Extent | None = None
 
 
 def compose(
@@ -135,24 +138,27 @@ def compose(
     """The slots that running prompts of a stack (and of its layers, deep) ask for; None when none runs."""
     state = seat.state
     shares = [share for name in state.running if (share := _share(seat, layers, name)) is not None]
-    if state.route is None:
-        return Slots([shares], None, causal) if shares else None
-    tracing = torch.compiler.is_compiling()  # a compiled graph must serve any index
-    shares = [share for share in shares if tracing or state.route.uses(share.name)]
     if not shares:
         return None
-    if state.route.per_token:
+    route = state.rows
+    if route is None:
+        return Slots([shares], None, causal)
+    tracing = torch.compiler.is_compiling()  # a compiled graph must serve any index
+    shares = [share for share in shares if tracing or route.uses(share.name)]
+    if not shares:
+        return None
+    if route.per_token:
         raise RouteError(
             f"{seat.path or 'the model'}: positions of a prompt ({', '.join(s.name for s in shares)})"
             " belong to whole rows and cannot be routed per token. Route per sample, by an index (batch,)"
         )
-    index = state.route.fit(batch, None).to(device)
+    index = route.fit(batch, None).to(device)
     names = [share.name for share in shares]
-    here = [names.index(name) if name in names else len(names) for name in state.route.names]
+    here = [names.index(name) if name in names else len(names) for name in route.names]
     row_of = torch.tensor([*here, len(names)], device=device)[
         index
     ]  # index -1 takes the last entry: no prompt
-    empty: list[list[Share]] = [[]] if tracing or state.route.leaves_out(names) else []
+    empty: list[list[Share]] = [[]] if tracing or route.leaves_out(names) else []
     return Slots([*([share] for share in shares), *empty], row_of, causal)
 
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from graftwork.engine.blend import Blend
 from graftwork.engine.operations import operation_of
 from graftwork.engine.seat import Graft, Seat
 from graftwork.errors import RouteError
 
 if TYPE_CHECKING:
     from graftwork.engine.route import Route
+    from graftwork.engine.state import Routing
 
 Running = tuple[tuple[str, tuple[Graft, ...]], ...]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -50,15 +52,18 @@ def by_adapter_here(
         finally:
             seat.state.route = before
 
+    if isinstance(route, Blend):
+        answers = [(name, one((name,), (args, kwargs))) for name, _ in running]
+        return route.mix(one((), (args, kwargs)), answers, running[0][1][0].site)
     lead = first.shape[:2] if flatten else first.shape[:1]
     return _scatter(
         one, route, operation.tokens(first), lead, tuple(name for name, _ in running), args, kwargs
     )
 
 
-def spread(route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def spread(route: Routing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Inputs that one row stands for all samples (position ids) laid out per sample, so that rows can differ."""
-    size = route.index.shape[0]
+    size = route.batch
 
     def wide(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == 1 < size:
@@ -97,6 +102,11 @@ def by_adapter(
     route = seat.state.route
     assert route is not None
     first = args[0] if args else next(iter(kwargs.values()))
+    if isinstance(route, Blend):
+        raise RouteError(
+            f"{seat.path} reads a weight that it does not call, where answers cannot be blended; route by an index, "
+            "or choose workspaces that are called"
+        )
     if route.per_token:
         raise RouteError(
             f"{seat.path} reads a weight that it does not call; route per sample there, not per token"

@@ -17,14 +17,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from graftwork.engine.blend import Blend
 from graftwork.engine.presence import Facts
 from graftwork.engine.route import Route
-from graftwork.errors import StateError
+from graftwork.errors import RouteError, StateError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from graftwork.engine.adapter import Adapter
+
+
+Routing = Route | Blend
 
 
 class _Own(threading.local):
@@ -41,7 +45,7 @@ class Snapshot(NamedTuple):
     """What runs: all that a recomputation, or a thread, needs of the state."""
 
     active: tuple[str, ...]
-    route: Route | None
+    route: Routing | None
     slots: Any = None
 
 
@@ -53,7 +57,7 @@ class State:
         active: names whose modules run, in stacking order. A route, while one is set, takes their place.
         training: names that a verb made trainable last; what is done to a tensor's `requires_grad` by hand
             is not here.
-        route: which adapter serves which sample or token, or None.
+        route: which adapter serves which sample or token, or how they blend, or None.
         slots: where the stack that is running has put extra positions, for its layers (sequence port), or
             None.
         merged: names folded into the base weights.
@@ -77,7 +81,7 @@ class State:
         self.adapters: dict[str, Adapter] = {}
         self.active: tuple[str, ...] = ()
         self.training: tuple[str, ...] = ()
-        self.route: Route | None = None
+        self.route: Routing | None = None
         self.slots: Any = None
         self.merged: tuple[str, ...] = ()
         self.before_merge: tuple[str, ...] = ()
@@ -107,6 +111,13 @@ class State:
     def running(self) -> tuple[str, ...]:
         """Names that take part in a forward: those of the route, else the active ones."""
         return self.active if self.route is None else self.route.names
+
+    @property
+    def rows(self) -> Route | None:
+        """The route by index, None without one; for ports where answers cannot be blended."""
+        if isinstance(self.route, Blend):
+            raise RouteError("prompts and prefixes cannot be blended by weights; route them by an index")
+        return self.route
 
     def snapshot(self) -> Snapshot:
         """What runs now."""

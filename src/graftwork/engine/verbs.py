@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from graftwork.engine.adapter import Adapter
 from graftwork.engine.attach import require, state_of
+from graftwork.engine.blend import Blend
 from graftwork.engine.route import Route
 from graftwork.engine.seat import seat_of
+from graftwork.engine.state import Routing, State
 from graftwork.errors import RouteError, StateError
+from graftwork.reference.properties import Port
 
 
 class Restore:
@@ -74,24 +77,46 @@ def trainable(model: nn.Module, *names: str) -> Restore:
     return Restore(undo)
 
 
-def route(model: nn.Module, names: Sequence[str] | None, index: Tensor | None = None) -> Restore:
-    """Serve each sample (B,) or token (B, T) of the next batches by its own adapter; -1 is the bare base.
+def route(
+    model: nn.Module,
+    names: Sequence[str] | None,
+    index: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+) -> Restore:
+    """Serve each sample or token of the next batches by its own adapter, or by a weighted sum of adapters.
 
     Args:
         names: the adapters that `index` points into; None ends the route.
-        index: integer tensor, moved to the model's device.
+        index: integer tensor (B,) or (B, T) with values in [-1, N), moved to the model's device; -1 is the bare base.
+        weights: instead of an index, floating point (B, N), (B, T, N) or (B, T, L, N): each site answers
+            y_0 + Σ_n w_n (y_n - y_0), with gradients to the weights. At the weight and the hidden port.
     """
     state = state_of(model)
-    if (names is None) != (index is None):
-        raise RouteError("a route needs names and an index; route(model, None) ends it")
-    new = None
+    if (names is None) != (index is None and weights is None) or (index is not None and weights is not None):
+        raise RouteError("a route needs names and an index or weights; route(model, None) ends it")
+    new: Routing | None = None
+    for name in names or ():
+        require(state, name)
+        if name in state.merged:
+            raise StateError(f"{name!r} is merged into the base and cannot be routed; unmerge first")
+    parameter = next(model.parameters(), None)
+    device = None if parameter is None or parameter.is_meta else parameter.device
     if names is not None and index is not None:
-        for name in names:
-            require(state, name)
-            if name in state.merged:
-                raise StateError(f"{name!r} is merged into the base and cannot be routed; unmerge first")
-        parameter = next(model.parameters(), None)
-        new = Route(names, index if parameter is None or parameter.is_meta else index.to(parameter.device))
+        new = Route(names, index if device is None else index.to(device))
+    elif names is not None and weights is not None:
+        _refuse_unblendable(state, names)
+        new = Blend(names, weights if device is None else weights.to(device))
     before = state.choice()
     state.choose(before._replace(route=new))
     return Restore(lambda: state.choose(state.choice()._replace(route=before.route)))
+
+
+def _refuse_unblendable(state: State, names: Sequence[str]) -> None:
+    for name in names:
+        ports = sorted({card.port for card in state.adapters[name].cards} - {Port.WEIGHT, Port.HIDDEN})
+        if ports:
+            raise RouteError(
+                f"{name!r} works at the {ports[0]} port, whose extra positions cannot be blended by weights; "
+                "route it by an index"
+            )

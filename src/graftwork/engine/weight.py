@@ -45,18 +45,19 @@ def run(
     module: nn.Module, seat: Seat, base: type, running: Running, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The host's forward with the effective weight of the running adapters."""
+    route = seat.state.route
+    if route is None:
+        return dense_or_thin(module, seat, base, running, args, kwargs)
     operation = operation_of(base)
-    if seat.state.route is not None:
-        if (
-            not torch.compiler.is_compiling()
-            and (out := _as_before(module, seat, base, args, kwargs)) is not None
-        ):
-            return out
-        args, kwargs = split.spread(seat.state.route, args, kwargs)
-        if operation.thin(module, base) and all(is_thin(graft) for graft in flat(running)):
-            return _thin(operation, module, seat, base, running, args, kwargs)
-        return split.by_adapter_here(module, seat, base, dense_or_thin, running, args, kwargs)
-    return dense_or_thin(module, seat, base, running, args, kwargs)
+    args, kwargs = split.spread(route, args, kwargs)
+    out = _routed(operation, module, seat, base, running, _signal(args, kwargs))
+    if out is not None:
+        return out
+    if operation.thin(module, base) and all(is_thin(graft) for graft in flat(running)):
+        x = _signal(args, kwargs)
+        groups = factors.of_route(seat, running, x, operation)
+        return _with_groups(operation, module, seat, base, groups, args, kwargs)
+    return split.by_adapter_here(module, seat, base, dense_or_thin, running, args, kwargs)
 
 
 def dense_or_thin(
@@ -69,23 +70,41 @@ def dense_or_thin(
     fast = len(grafts)
     while fast and _runs_without_weight(operation, module, base, grafts[fast - 1]):
         fast -= 1
-    above = grafts[fast:]
-    if all(is_thin(graft) for graft in above):
-        if fast == 0:
-            return _thin(operation, module, seat, base, running, args, kwargs)
-        out = _dense(operation, module, seat, base, grafts[:fast], args, kwargs)
-        if above:
-            rest = factors.of_stack(above, module.training)
-            out = operation.add(module, base, args[0] if args else next(iter(kwargs.values())), out, rest)
-        return out
-    x = args[0] if args else next(iter(kwargs.values()))
-    return _answer(operation, module, seat, base, grafts[:fast], above, x)
+    dense, above = grafts[:fast], grafts[fast:]
+    if not all(is_thin(graft) for graft in above):
+        return _answer(operation, module, seat, base, dense, above, _signal(args, kwargs))
+    groups = factors.of_stack(above, module.training) if above else ()
+    if not dense:
+        return _with_groups(operation, module, seat, base, groups, args, kwargs)
+    out = _dense(operation, module, seat, base, dense, args, kwargs)
+    return operation.add(module, base, _signal(args, kwargs), out, groups) if groups else out
+
+
+def _signal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _runs_without_weight(operation: Operation, module: nn.Module, base: type, graft: Graft) -> bool:
     if is_thin(graft):
         return operation.thin(module, base)
     return answers(graft) and operation.linear(module, base)
+
+
+def _with_groups(
+    operation: Operation,
+    module: nn.Module,
+    seat: Seat,
+    base: type,
+    groups: tuple[Factors, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The host's forward plus low-rank deltas, in one function where that is possible."""
+    x = _signal(args, kwargs)
+    fused = operation.fused(module, base, x, groups)
+    if fused is not None:
+        return fused
+    return operation.add(module, base, x, plain(module, seat, base, args, kwargs), groups)
 
 
 def _answer(
@@ -104,9 +123,10 @@ def _answer(
             return _dense(operation, module, seat, base, dense, (signal,), {})  # type: ignore[no-any-return]
         return plain(module, seat, base, (signal,), {})  # type: ignore[no-any-return]
 
-    def with_low_rank(signal: Tensor, group: Factors) -> Tensor:
-        fused = None if dense else operation.fused(module, base, signal, (group,))
-        return operation.add(module, base, signal, host(signal), (group,)) if fused is None else fused
+    def with_low_rank(signal: Tensor, groups: tuple[Factors, ...]) -> Tensor:
+        if dense:
+            return operation.add(module, base, signal, host(signal), groups)
+        return _with_groups(operation, module, seat, base, groups, (signal,), {})  # type: ignore[no-any-return]
 
     def matrix_under(count: int) -> Callable[[], Tensor]:
         def read() -> Tensor:
@@ -120,11 +140,10 @@ def _answer(
     bias = values(module, seat, dense, ("bias",)).get("bias", module._parameters.get("bias"))
     bare = not dense and base.forward is nn.Linear.forward  # type: ignore[attr-defined]
     below = Below(host, with_low_rank, matrix_under(0), bias, bare)
-    for number, graft in enumerate(above):
-        if number == len(above) - 1:
-            return one_answer(graft, x, below, module.training)
-        below = _over(operation, module, base, graft, below, matrix_under(number + 1))
-    raise AssertionError("no module to ask")
+    *under, last = above
+    for number, graft in enumerate(under, start=1):
+        below = _over(operation, module, base, graft, below, matrix_under(number))
+    return one_answer(last, x, below, module.training)
 
 
 def _over(
@@ -141,8 +160,8 @@ def _over(
     def product(signal: Tensor) -> Tensor:
         return one_answer(graft, signal, below, training)
 
-    def with_low_rank(signal: Tensor, group: Factors) -> Tensor:
-        return operation.add(module, base, signal, product(signal), (group,))
+    def with_low_rank(signal: Tensor, groups: tuple[Factors, ...]) -> Tensor:
+        return operation.add(module, base, signal, product(signal), groups)
 
     return Below(product, with_low_rank, matrix, below.bias, False)
 
@@ -150,9 +169,7 @@ def _over(
 def one_answer(graft: Graft, x: Tensor, below: Below, training: bool) -> Tensor:
     """What one module makes of what lies beneath it."""
     if is_thin(graft):
-        first, *rest = factors.of_stack((graft,), training)
-        y = below.with_low_rank(x, first)
-        return y if not rest else operation_of(nn.Linear).add(graft.module, nn.Linear, x, y, tuple(rest))
+        return below.with_low_rank(x, factors.of_stack((graft,), training))
     own: Any = graft.module
     if graft.site.channels is not None:  # a part of a fused projection: the other channels stay
         whole = below(x)
@@ -164,32 +181,11 @@ def one_answer(graft: Graft, x: Tensor, below: Below, training: bool) -> Tensor:
     return below.plus(x, own.added(x))
 
 
-def _thin(
-    operation: Operation,
-    module: nn.Module,
-    seat: Seat,
-    base: type,
-    running: Running,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    x = args[0] if args else next(iter(kwargs.values()))
-    if seat.state.route is not None:
-        if (routed := _routed(operation, module, seat, base, running, x)) is not None:
-            return routed
-        groups = factors.of_route(seat, running, x, operation)
-    else:
-        groups = factors.of_stack(flat(running), module.training)
-    fused = operation.fused(module, base, x, groups)
-    if fused is not None:
-        return fused
-    return operation.add(module, base, x, plain(module, seat, base, args, kwargs), groups)
-
-
 def _routed(
     operation: Operation, module: nn.Module, seat: Seat, base: type, running: Running, x: Tensor
 ) -> Tensor | None:
-    """A routed linear layer by the cheapest of its forms; None where only the masked one fits."""
+    """A routed linear layer by the cheapest of its forms, with the stack of the call before while that stands; None
+    where the batch has to be masked or split."""
     weight, route = operation.direct(module, base), seat.state.route
     assert route is not None
     if weight is None:
@@ -197,30 +193,18 @@ def _routed(
     rows = route.layout(x.shape[0], operation.tokens(x))
     if rows is None or rows.index.shape != x.shape[: rows.index.dim()]:
         return None
-    found = factors.stack_of_route(seat, running, compute_dtype(x))
+    dtype, kept = compute_dtype(x), seat.kept_stack
+    bias = module._parameters.get("bias")
+    records = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if not records and kept is not None and kept.stands(seat, route.names, dtype, module.training):
+        return low_rank_routed(x, weight, bias, kept.stack, rows, dropout=kept.dropout)
+    if not all(is_thin(graft) for graft in flat(running)):
+        return None
+    found = factors.stack_of_route(seat, running, dtype)
     if found is None:
         return None
     stack, dropout = found
-    return low_rank_routed(x, weight, module._parameters.get("bias"), stack, rows, dropout=dropout)
-
-
-def _as_before(
-    module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    """A routed linear layer by the stack of the call before, None where it no longer stands."""
-    route, kept = seat.state.route, seat.kept_stack
-    assert route is not None
-    if kept is None or torch.is_grad_enabled() or len(args) != 1 or kwargs:
-        return None
-    x = args[0]
-    operation = operation_of(base)
-    rows = route.layout(x.shape[0], operation.tokens(x))
-    if rows is None or rows.index.shape != x.shape[: rows.index.dim()]:
-        return None
-    if not kept.stands(seat, route.names, compute_dtype(x), module.training):
-        return None
-    weight, bias = operation.direct(module, base), module._parameters.get("bias")
-    return low_rank_routed(x, weight, bias, kept.stack, rows, dropout=kept.dropout)
+    return low_rank_routed(x, weight, bias, stack, rows, dropout=dropout)
 
 
 def _dense(
