@@ -30,6 +30,9 @@ def cases() -> dict[str, Technique]:
         "parallel-adapter": gw.BottleneckAdapter.parallel(width=4),
         "houlsby-adapter": gw.BottleneckAdapter.houlsby(width=4),
         "tiny-attention-adapter": gw.TinyAttentionAdapter(),
+        "adalink": gw.AdaLink(rank=4),
+        "adalink-inputs": gw.AdaLink(rank=4, nonlinearity="relu", bias=True, workspaces=("inputs",)),
+        "adalink-prompt": gw.AdaLink(rank=4, scope="prompt", workspaces=("inputs",)),
         "compacter": gw.Compacter(),
         "ia3": gw.IA3(),
         "prompt-tuning": gw.PromptTuning(length=4),
@@ -62,6 +65,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("bitfit", "llama"): "none of the",
     ("bitfit", "t5"): "none of the",
     ("parallel-adapter", "resnet"): "stride",
+    ("adalink-prompt", "resnet"): "none of the",
     ("p-tuning", "resnet"): "no sequence of positions",
     ("prompt-tuning", "resnet"): "no sequence of positions",
     **{

@@ -45,7 +45,8 @@ def sites_at(found: Survey, port: Port) -> list[Site]:
 
 def block_sites(found: Survey) -> list[Site]:
     """Blocks, layers and inner activations: the sites of the hidden port that have no weight of their own."""
-    return _keyed([s for run in found.runs for layer in run.layers for s in _blocks(run, layer)])
+    layers = [s for run in found.runs for layer in run.layers for s in _blocks(run, layer)]
+    return _keyed([*(s for run in found.runs for s in _inputs(run)), *layers])
 
 
 def _weight(run: Run) -> Iterator[Site]:
@@ -54,6 +55,7 @@ def _weight(run: Run) -> Iterator[Site]:
 
 def _hidden(run: Run) -> Iterator[Site]:
     yield from _plain(run, Port.HIDDEN)
+    yield from _inputs(run)
     for layer in run.layers:
         yield from _blocks(run, layer)
 
@@ -102,6 +104,13 @@ def _blocks(run: Run, layer: Layer) -> Iterator[Site]:
             workspace="layer", path=layer.path, module=layer.module, place=layer.spots[0].place, measure=None
         )
         yield replace(_module_block(run, layer, spot, where), channel_axis=run.stack.channel_axis)
+
+
+def _inputs(run: Run) -> Iterator[Site]:
+    """What the first layer reads, wherever it was embedded."""
+    for site in _blocks(run, run.layers[0]) if run.layers else ():
+        if site.workspace == "layer" and site.channels_in:
+            yield replace(site, workspace="inputs", layer=None, side=Side.INPUT)
 
 
 def _span(layer: Layer, workspace: str, starts: tuple[str, ...], end: str, where: _Where) -> Iterator[Site]:

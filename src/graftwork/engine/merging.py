@@ -104,18 +104,27 @@ def _refuse_unmergeable(graft: Graft) -> None:
         raise NotMergeable(
             f"{where} adds positions to the sequence, which no weight of the host can stand in for"
         )
-    if not graft.card.linear:
+    if not graft.card.linear and not _of_rows(graft):
         raise NotMergeable(
             f"{where} is not a linear map of the signal; serve it attached, or choose a linear technique"
         )
     if port is Port.HIDDEN and graft.site.kind is Kind.BLOCK:
-        raise NotMergeable(f"{where} acts on a whole layer's output, which has no weight of its own")
+        raise NotMergeable(
+            f"{where} acts on what a whole layer reads or answers, which has no weight of its own"
+        )
     if (
         graft.card.insertion is Insertion.PARALLEL
         and port is Port.HIDDEN
         and graft.site.entry not in (None, graft.site.module)
     ):
         raise NotMergeable(f"{where} bypasses several host modules, so no single weight can take it")
+
+
+def _of_rows(graft: Graft) -> bool:
+    """Whether the answer depends on one row of an embedding table only: any function of it is another table."""
+    behind = graft.card.port is Port.HIDDEN and graft.card.insertion is Insertion.SEQUENTIAL
+    whole = getattr(graft.module, "span", None) is None
+    return behind and whole and graft.card.token_wise and graft.site.kind is Kind.EMBEDDING
 
 
 def _tied(model: nn.Module, grafts: dict[str, list[Graft]], tie: str) -> set[int]:
@@ -216,7 +225,7 @@ def _fold_hidden(
         offset = offset + (matrix @ zero.squeeze(0))
         matrix = matrix @ (_ask(graft, basis, None) - zero).mT
     for graft in outputs:
-        matrix, offset = _fold_output(graft, path, matrix, offset)
+        matrix, offset = _fold_output(graft, module, path, matrix, offset)
     needs = bias is None and bool(offset.abs().max() > 0) if offset.numel() else False
     if needs:
         raise NotMergeable(
@@ -226,7 +235,9 @@ def _fold_hidden(
     return matrix, None if bias is None else offset
 
 
-def _fold_output(graft: Graft, path: str, matrix: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+def _fold_output(
+    graft: Graft, module: nn.Module, path: str, matrix: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
     if matrix.dim() == 1:  # a norm's gain: exact for integrations that act channel by channel
         if not _channelwise(graft):
             raise NotMergeable(f"{path}: {graft.technique} mixes channels behind a norm; serve it attached")
@@ -236,7 +247,10 @@ def _fold_output(graft: Graft, path: str, matrix: Tensor, offset: Tensor) -> tup
     basis = torch.eye(rows.shape[0], dtype=rows.dtype, device=rows.device) if _reads_input(graft) else None
     at_zero = None if basis is None else torch.zeros_like(basis[:1])
     if graft.site.kind is Kind.EMBEDDING:
-        return _ask(graft, rows, basis).mT, offset
+        scale = float(
+            getattr(module, "embed_scale", 1.0)
+        )  # of the rows as the host answers them (Gemma, BART)
+        return (_ask(graft, rows * scale, basis) / scale).mT, offset
     zero = _ask(graft, torch.zeros_like(rows[:1]), at_zero)
     new_offset = _ask(graft, offset.unsqueeze(0), at_zero).squeeze(0)
     return (_ask(graft, rows, basis) - zero).mT, new_offset

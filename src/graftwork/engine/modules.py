@@ -9,6 +9,7 @@ base, so a module casts its own (small) tensors to the signal, never the signal 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,12 +86,26 @@ class LowRankModule(DeltaModule):
         return delta if taken is None else delta - taken[1] @ taken[0]
 
 
+@dataclass(frozen=True)
+class Span:
+    """Which positions of a row a hidden module changes: the `first` and the `last` so many real ones of those
+    routed to it, or all where both are None; never one that is decoded with a cache."""
+
+    first: int | None = None
+    last: int | None = None
+
+
 class HiddenModule(nn.Module):
     """Hidden port: reads a signal (..., C) and answers z, which the card's integration joins to the host's y.
 
     Direct and scaled addition: z (..., C). Rescaling: z broadcastable to (..., C), or (z, shift).
     Gated addition: (gate in [0, 1], value). Channels are always last; the engine moves them for convolutions.
+
+    Attributes:
+        span: the positions it is for, where it acts on tokens one by one; None: all of every call.
     """
+
+    span: Span | None = None
 
 
 class PrefixModule(nn.Module):

@@ -29,7 +29,7 @@ def put(model: nn.Module, state: State, place: Placed) -> None:
     assert isinstance(container, Grafts)
     if name not in container:
         container[name] = nn.ModuleDict()
-    container[name][_child(place)] = place.graft.module  # type: ignore[operator,index]
+    container[name][_child(place)] = place.graft.module.train(host.training)  # type: ignore[operator,index]
     seat.put(place.port, place.graft)
     fastpath.leave(model, host, seat)
     for path, stack in fastpath.stacks(model, site.module):
@@ -77,6 +77,8 @@ def _count_reads(seat: Seat, site: Site, change: int) -> None:
 
 
 def _arrange_hidden(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
+    if place.graft.module.span is not None:
+        sequence.count(model, seat, place.site)
     entry = _entry(place)
     if entry is not None:
         first = take_seat(model.get_submodule(entry), state, entry)
@@ -85,6 +87,8 @@ def _arrange_hidden(model: nn.Module, state: State, seat: Seat, host: nn.Module,
 
 
 def _disarrange_hidden(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
+    if place.graft.module.span is not None:
+        sequence.uncount(model, seat)
     entry = _entry(place)
     if entry in seat.entries:
         seat.entries[entry].keeps_input -= 1

@@ -80,6 +80,27 @@ def unfollow(model: nn.Module, seat: Seat) -> None:
             other.around = _needed(replace(around, prefixes=left))
 
 
+def count(model: nn.Module, seat: Seat, site: Site) -> None:
+    """Have the stack of a newly seated hidden module with a span tell which positions are which."""
+    facts = facts_of(model, site)
+    stack = _seat(model, stack_path(model, site), seat)
+    around = stack.around if isinstance(stack.around, AtStack) else AtStack(facts)
+    if seat not in around.counted:
+        stack.around = replace(around, counted=(*around.counted, seat))
+
+
+def uncount(model: nn.Module, seat: Seat) -> None:
+    """Undo `count` when no module with a span is left at this site."""
+    grafts = [graft for here in seat.at(Port.HIDDEN).values() for graft in here]
+    if any(graft.module.span is not None for graft in grafts):
+        return
+    for other in _seats(model):
+        around = other.around
+        if isinstance(around, AtStack) and seat in around.counted:
+            left = tuple(one for one in around.counted if one is not seat)
+            other.around = _needed(replace(around, counted=left))
+
+
 def uninstall(model: nn.Module, module: nn.Module, seat: Seat) -> None:
     """Undo `install` when no prompt is left at the stack that `seat` belongs to."""
     stack = seat.around.stack if isinstance(seat.around, AtLayer) else seat
@@ -96,7 +117,8 @@ def uninstall(model: nn.Module, module: nn.Module, seat: Seat) -> None:
 
 
 def _needed(around: AtStack) -> AtStack | None:
-    return around if around.layers or around.encoder is not None or around.prefixes else None
+    wanted = around.layers or around.encoder is not None or around.prefixes or around.counted
+    return around if wanted else None
 
 
 def _seats(model: nn.Module) -> list[Seat]:

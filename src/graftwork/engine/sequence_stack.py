@@ -18,6 +18,7 @@ from graftwork.engine.sequence_inputs import Call
 from graftwork.engine.sequence_layout import Layout
 from graftwork.engine.sequence_shift import Shift, shift_of
 from graftwork.engine.sequence_slots import Frame, Slots, compose
+from graftwork.engine.sequence_spans import Extent
 from graftwork.errors import PortUnavailable, StateError
 from graftwork.reference.properties import Port
 
@@ -31,6 +32,7 @@ class AtStack:
         layers: seats of its layers, in order.
         encoder: seat of the encoder whose prompts stay in what this decoder reads, if any.
         prefixes: seats of attention modules with prefixes that positions are to follow.
+        counted: seats of hidden modules that are for some positions only.
         bias: path below the stack of the attention that computes a relative bias for all, "" without one.
     """
 
@@ -39,6 +41,7 @@ class AtStack:
     encoder: Seat | None = None
     prefixes: tuple[Seat, ...] = ()
     bias: str = ""
+    counted: tuple[Seat, ...] = ()
 
     def __call__(
         self,
@@ -50,13 +53,31 @@ class AtStack:
         kwargs: Call,
     ) -> Any:
         call = inputs.bound(self.facts.arguments, args, kwargs)
+        if not self.counted:
+            return self._call(module, seat, base, inner, call, None)
+        extent = Extent(self.facts.where, call, call.get(self.facts.cache))
+        before, seat.state.slots = seat.state.slots, Frame(None, None, None, extent=extent)
+        try:
+            return self._call(module, seat, base, inner, call, extent)
+        finally:
+            seat.state.slots = before
+
+    def _call(
+        self,
+        module: nn.Module,
+        seat: Seat,
+        base: type,
+        inner: Callable[..., Any],
+        call: Call,
+        extent: Extent | None,
+    ) -> Any:
         if self.encoder is not None:
             call = self._with_encoder(call, self.encoder)
         cache = call.get(self.facts.cache)
         shift = self._shift(module, call, cache) if self.prefixes else None
         if shift is not None:
             call = inputs.shifted(self.facts, call, shift.by, shift.longest, cache)
-        run = _Run(module, seat, base, inner, self.facts, shift)
+        run = _Run(module, seat, base, inner, self.facts, shift, extent)
         stored = caches.layout_of(cache)
         if stored is not None:
             seat.touch(Port.SEQUENCE)
@@ -111,6 +132,7 @@ class _Run:
     inner: Callable[..., Any]
     facts: Facts
     shift: Shift | None
+    extent: Extent | None
 
     def entered(self, call: Call, cache: Any, slots: Slots) -> Any:
         """A call that puts the prompt in, and out again."""
@@ -163,7 +185,7 @@ class _Run:
         if self.facts.table and call.get("position_ids") is not None:
             call = dict(call)
             places = call.pop("position_ids")
-        frame = Frame(slots, places, getattr(self.module, "config", None), self.shift)
+        frame = Frame(slots, places, getattr(self.module, "config", None), self.shift, self.extent)
         before, state.slots = state.slots, frame
         counting = caches.enter(cache)
         try:

@@ -13,6 +13,7 @@ WORKSPACES: dict[str, str] = {
     "embedding.position": "learned position embedding or relative position bias",
     "embedding.type": "token-type (segment) embedding",
     "embedding.projection": "projection between embedding width and layer width",
+    "inputs": "what the first layer reads: embedded positions of every modality",
     "attention": "self-attention block: read before its projections, changed behind its output projection",
     "attention.query": "query projection (or its part of a fused projection)",
     "attention.key": "key projection",
