@@ -21,6 +21,7 @@ ORDER = (
     "initialisers",
     "techniques",
     "adapters",
+    "composition",
     "data",
     "models",
     "tasks",

@@ -15,11 +15,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from graftwork import composition as composition
     from graftwork import objectives as objectives
     from graftwork.adapters.convert import convert
     from graftwork.adapters.store import load, save
     from graftwork.analysis.cost import cost
     from graftwork.anatomy.resolve import anatomy_of as anatomy
+    from graftwork.composition.verbs import add, combine, compose, negate, scale
     from graftwork.engine.adapter import Adapter
     from graftwork.engine.attach import attach, detach
     from graftwork.engine.lean_host import lean
@@ -47,12 +49,15 @@ _HOMES = {
     "Site": "graftwork.reference.site",
     "Technique": "graftwork.reference.technique",
     "active": "graftwork.engine.verbs",
+    "add": "graftwork.composition.verbs",
     "adapters": "graftwork.engine.verbs",
     "anatomy": "graftwork.anatomy.resolve:anatomy_of",
     "attach": "graftwork.engine.attach",
     "detach": "graftwork.engine.attach",
     "make": "graftwork.reference.catalogue",
     "compare": "graftwork.reference.typology",
+    "combine": "graftwork.composition.verbs",
+    "compose": "graftwork.composition.verbs",
     "convert": "graftwork.adapters.convert",
     "cost": "graftwork.analysis.cost",
     "describe": "graftwork.reference.typology",
@@ -60,16 +65,18 @@ _HOMES = {
     "lean": "graftwork.engine.lean_host",
     "load": "graftwork.adapters.store",
     "merge": "graftwork.engine.merging",
+    "negate": "graftwork.composition.verbs",
     "register": "graftwork.reference.catalogue",
     "route": "graftwork.engine.verbs",
     "save": "graftwork.adapters.store",
+    "scale": "graftwork.composition.verbs",
     "techniques": "graftwork.reference.catalogue",
     "trainable": "graftwork.engine.verbs",
     "tune": "graftwork.training.run",
     "unmerge": "graftwork.engine.merging",
 }
 
-_FOLDERS = frozenset({"objectives"})
+_FOLDERS = frozenset({"composition", "objectives"})
 
 
 def _public(name: str) -> Any:
