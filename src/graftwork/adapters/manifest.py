@@ -43,7 +43,7 @@ class Place:
 
     Attributes:
         module, host: dotted name of the host module and its class.
-        parameter, side, kind, stack, layer, kernel, channels, fused_width, width_in, heads: as in `Site`.
+        parameter, side, kind, stack, layer, kernel, channels, fused_width, width_in, width_out, heads: as in `Site`.
     """
 
     module: str
@@ -57,6 +57,7 @@ class Place:
     channels: tuple[int, ...] | None = None
     fused_width: int = 0
     width_in: int = 0
+    width_out: int = 0
     heads: int = 0
 
     @classmethod
@@ -196,7 +197,7 @@ def _read_place(entry: object, where: str) -> Place:
     names = {key: take(entry, key, str, there) for key in ("module", "host", "parameter", "side", "kind")}
     numbers = {
         key: take(entry, key, int, there)
-        for key in ("layer", "fused_width", "width_in", "heads")
+        for key in ("layer", "fused_width", "width_in", "width_out", "heads")
         if key in entry
     }
     lists = {key: tuple(take_list(entry, key, int, there)) for key in ("kernel", "channels") if key in entry}

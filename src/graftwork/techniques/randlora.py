@@ -3,21 +3,23 @@
 delta = s sum_n B_n diag(lambda_n) A diag(gamma_n), s = alpha / rank, over n = ceil(smaller side / rank) terms, for a
 matrix whose input is its smaller side; else its transpose is made so. A (rank, smaller) and B (larger, n, rank) are
 drawn once for all sites, at the largest, and cut to each site's; lambda and gamma are trained. lambda starts at zero,
-so attaching changes no output, gamma at 1 / its longer side. A file holds the seed of A and B.
+so attaching changes no output, gamma at 1 / its longer side. A file holds the seed of A and B. Which columns of B
+belong to a term is a matter of counting, as they are random; here, as in HF PEFT, B_n has columns n, n + terms, ...
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from graftwork.engine.modules import DeltaModule, zeros
 from graftwork.engine.recomputed import recomputed
-from graftwork.engine.seeded import Frozen, generator, spread
+from graftwork.engine.seeded import Frozen, generator
 from graftwork.errors import BadOption
 from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
@@ -78,12 +80,15 @@ class RandLoRA(Technique):
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
         if not sites:
             return None
-        small = max(min(site.width_in, site.width_out) for site in sites)
-        large = max(max(site.width_in, site.width_out) for site in sites)
-        source, terms = generator(self.seed), -(-small // self.rank)
-        inner = spread(1.0, (self.rank, small), source)
-        outer = spread(1.0, (large, terms, self.rank), source)
-        return Frozen({"inner": inner / inner.std(), "outer": outer / outer.std()}, sites[0].device)
+        widest = max(site.width_in for site in sites), max(site.width_out for site in sites)
+        return Frozen(self.frozen(*widest), sites[0].device)
+
+    def frozen(self, width_in: int, width_out: int) -> dict[str, Tensor]:
+        """A (rank, smaller) as `inner` and B (larger, n, rank) as `outer`, for sites of at most these widths."""
+        source, (small, large) = generator(self.seed), sorted((width_in, width_out))
+        inner = drawn(source, self.rank, small)
+        outer = [drawn(source, large, self.rank) for _ in range(-(-small // self.rank))]
+        return {"inner": of_deviation_one(inner), "outer": of_deviation_one(torch.stack(outer, 1))}
 
 
 class Bases(DeltaModule):
@@ -103,7 +108,7 @@ class Bases(DeltaModule):
 
     def delta(self) -> Tensor:
         inner, outer = products(*self.factors())
-        delta = self.scale * (outer @ inner)
+        delta = self.scale * (outer.to(inner.dtype) @ inner)
         return delta.mT if self.narrows else delta
 
     def added(self, x: Tensor) -> Tensor:
@@ -111,9 +116,11 @@ class Bases(DeltaModule):
 
 
 def products(weights: Tensor, gains: Tensor, inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled inner bases (..., n rank, smaller) and outer bases (larger, n rank)."""
+    """Scaled inner bases (..., rank n, smaller) and outer bases (larger, rank n)."""
     terms, small = gains.shape[-2:]
-    scaled = weights.mT.unsqueeze(-1) * inner[:, :small] * gains.unsqueeze(-2)  # (..., n, rank, smaller)
+    scaled = (
+        weights.unsqueeze(-1) * inner[:, :small].unsqueeze(-2) * gains.unsqueeze(-3)
+    )  # (..., rank, n, smaller)
     return scaled.flatten(-3, -2), outer[:, :terms].flatten(1)
 
 
@@ -125,3 +132,15 @@ def widened(x: Tensor, *factors: Tensor) -> Tensor:
 def narrowed(x: Tensor, *factors: Tensor) -> Tensor:
     inner, outer = (matrix.to(x.dtype) for matrix in products(*factors))
     return x @ outer @ inner
+
+
+def drawn(source: Generator, rows: int, columns: int) -> Tensor:
+    """In +-1 / sqrt(columns), drawn as HF PEFT draws it: in bf16, whose values are others than those of fp32."""
+    bound = 1 / math.sqrt(columns)
+    basis = torch.empty(rows, columns, dtype=torch.bfloat16, device="cpu")
+    return basis.uniform_(-bound, bound, generator=source)
+
+
+def of_deviation_one(basis: Tensor) -> Tensor:
+    """Divided by the deviation of its values, in bf16; given in fp32."""
+    return (basis / basis.std()).float()

@@ -84,9 +84,12 @@ class SHiRA(Technique):
 
     def places(self, site: Site) -> Tensor:
         """Numbers of the trained values, counted row by row, in order."""
-        size = site.width_out * site.width_in
-        drawn = torch.randperm(size, generator=generator(self.seed), device="cpu")
-        return drawn[: self.count(site)].sort().values
+        return self.drawn(site.width_in, site.width_out)
+
+    def drawn(self, width_in: int, width_out: int) -> Tensor:
+        """The same, for a matrix of these widths."""
+        order = torch.randperm(width_out * width_in, generator=generator(self.seed), device="cpu")
+        return order[: self.rank * (width_out + width_in)].sort().values
 
 
 class Scattered(DeltaModule):

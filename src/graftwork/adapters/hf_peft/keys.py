@@ -10,8 +10,8 @@ LAYERS = "base_model.model."
 PROMPTS = "base_model."
 """In front of the paths of the modules that prompt methods save along."""
 
-FROZEN = {"vera_A": "down", "vera_B": "up"}
-"""VeRA's matrices for all modules, which stand at `base_model.` -> their names here."""
+FROZEN = ("vera_A", "vera_B")
+"""Random matrices for all modules, which stand at `base_model.`."""
 
 PROMPT = "prompt_embeddings"
 

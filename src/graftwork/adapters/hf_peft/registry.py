@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from graftwork.adapters.hf_peft import (
+    adalora,
     boft,
+    fourierft,
     hra,
     ia3,
     loha,
@@ -21,6 +23,8 @@ from graftwork.adapters.hf_peft import (
     oft,
     prefix,
     prompt,
+    randlora,
+    shira,
     vera,
 )
 from graftwork.adapters.hf_peft.config import Config
@@ -59,10 +63,14 @@ TRANSLATORS: dict[str, Translator] = {
     t.peft_type: t
     for t in (
         Translator("LORA", LAYERS, lora.read, lora_writing.write, _LOW_RANK, _WHOLE | {"bitfit"}),
+        Translator("ADALORA", LAYERS, adalora.read, lora_writing.write),
         Translator("IA3", LAYERS, ia3.read, ia3.write, frozenset({"ia3"}), _WHOLE),
         Translator("LOHA", LAYERS, loha.read, loha.write, frozenset({"loha"}), _WHOLE),
         Translator("LOKR", LAYERS, lokr.read, lokr.write, frozenset({"lokr"}), _WHOLE),
         Translator("VERA", LAYERS, vera.read, vera.write, frozenset({"vera"}), _WHOLE),
+        Translator("RANDLORA", LAYERS, randlora.read, randlora.write, frozenset({"randlora"}), _WHOLE),
+        Translator("FOURIERFT", LAYERS, fourierft.read, fourierft.write, frozenset({"fourierft"}), _WHOLE),
+        Translator("SHIRA", LAYERS, shira.read, shira.write, frozenset({"shira"}), _WHOLE),
         Translator("MISS", LAYERS, miss.read, miss.write, frozenset({"miss"}), _WHOLE),
         Translator("OFT", LAYERS, oft.read, oft.write, frozenset({"oft"}), _WHOLE),
         Translator("BOFT", LAYERS, boft.read, boft.write, frozenset({"boft"}), _WHOLE),
