@@ -120,15 +120,18 @@ class PrefixModule(nn.Module):
 
 
 class PromptModule(nn.Module):
-    """Sequence port: `forward()` gives positions (N, C) put in at the stack's input.
+    """Sequence port: `forward()` gives positions (N, C) put in at the stack's input, or (B, N, C) for rows that
+    have their own.
 
     A deep prompt is built once per layer; module i overwrites the reserved slots at layer i.
 
     Attributes:
         front: before leading positions too that otherwise stay in front of a prompt (CLS).
+        stays: the positions are left in the stack's output, for a head that reads them.
     """
 
     front: bool = False
+    stays: bool = False
 
 
 class Linear(nn.Linear):

@@ -63,7 +63,7 @@ class AtLayer:
         if self.between and "attention_mask" in self.arguments:
             call["attention_mask"] = _mask(frame, frame.slots, call.get("attention_mask"), hidden)
         out = inner(module, seat, base, (), call)
-        if self.between and self.last and not self.stays:
+        if self.between and self.last and not (self.stays or frame.slots.stays):
             return _leaving(out, frame.slots)
         return out
 

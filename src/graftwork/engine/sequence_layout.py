@@ -109,7 +109,19 @@ def leading(mask: Tensor, keep: Tensor) -> Tensor:
     return ((mask.cumsum(1) == 0).sum(1) + keep).clamp(max=mask.shape[1])
 
 
+def behind_one_another(pieces: list[Tensor], beside: list[Tensor]) -> Tensor:
+    """(n, C) of pieces, or (B, n, C) where any of them, or of those beside, is for B samples that have their own."""
+    own = [piece.shape[:1] for piece in beside if piece.dim() == 3]
+    return torch.cat([piece.expand(*own[0], -1, -1) for piece in pieces] if own else pieces, -2)
+
+
 def table(rows: list[list[Tensor]], length: int, like: Tensor) -> Tensor:
-    """(rows, length, C): each row's pieces one after another, padded, in the precision of `like` (..., C)."""
-    made = [torch.cat(pieces) if pieces else like.new_zeros(0, like.shape[-1]) for pieces in rows]
-    return torch.stack([functional.pad(row.to(like.dtype), (0, 0, 0, length - len(row))) for row in made])
+    """(R, length, C): each row's pieces (n, C) one after another, padded, in the precision of `like` (..., C).
+
+    (R, B, length, C) where any piece is (B, n, C), with B samples that have their own.
+    """
+    everything = [piece for pieces in rows for piece in pieces]
+    made = [behind_one_another(pieces or [like.new_zeros(0, like.shape[-1])], everything) for pieces in rows]
+    return torch.stack(
+        [functional.pad(row.to(like.dtype), (0, 0, 0, length - row.shape[-2])) for row in made]
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graftwork.engine.seat import Graft, Seat
-from graftwork.engine.sequence_layout import Layout, leading, table
+from graftwork.engine.sequence_layout import Layout, behind_one_another, leading, table
 from graftwork.engine.sequence_shift import Shift
 from graftwork.engine.sequence_spans import Extent
 from graftwork.errors import RouteError, StateError
@@ -23,7 +23,7 @@ from graftwork.reference.properties import Port
 class Share:
     """Slots of one adapter: put in at the stack's input, and overwritten at each layer (deep).
 
-    `front`: before the positions that otherwise stay in front of a prompt.
+    `front`: before the positions that otherwise stay in front of a prompt. `stays`: left in the stack's output.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Share:
     deep: int
     length: int
     front: bool
+    stays: bool
 
 
 class Slots:
@@ -40,6 +41,7 @@ class Slots:
         rows: the shares of each distinct row, in order.
         row_of: (B,) which of them each sample has; None: the first.
         length: n.
+        stays: they are left in the stack's output.
         causal: the stack looks back only.
         layout: where they lie; None until they are put in.
         total: positions of a row, slots included, where layers put them in.
@@ -51,6 +53,7 @@ class Slots:
         self.row_of = row_of
         self.sums = [sum(share.length for share in row) for row in rows]
         self.length = max(self.sums)
+        self.stays = _agreed(rows)
         self.causal = causal
         self.layout: Layout | None = None
         self.total = 0
@@ -108,9 +111,19 @@ class Slots:
         return self._of_batch(table(rows, self.length, hidden), batch), self._of_batch(full, batch)
 
     def _of_batch(self, rows: Tensor, batch: int) -> Tensor:
+        """(R, ...) or (R, B, n, C) of distinct rows -> (B, ...) of the samples."""
+        if rows.dim() == 4:
+            return self._of_own(rows, batch)
         if self.row_of is None:
             return rows.expand(batch, *rows.shape[1:])
         return rows.index_select(0, self.row_of)
+
+    def _of_own(self, rows: Tensor, batch: int) -> Tensor:
+        if rows.shape[1] != batch:
+            raise RouteError(f"prompt {self.names} was made for {rows.shape[1]} rows, now there are {batch}")
+        if self.row_of is None:
+            return rows[0]
+        return rows[self.row_of, torch.arange(batch, device=rows.device)]
 
 
 @dataclass(frozen=True)
@@ -174,14 +187,22 @@ def _share(seat: Seat, layers: tuple[Seat, ...], name: str) -> Share | None:
                 f"deep prompt {name!r} begins behind the first layer of {seat.path or 'the model'}, where "
                 "its slots would already take part. Give it the first layer too (layers='first 2', or 'all')"
             )
-        deep = len(_made(deeper[0]))
+        deep = _made(deeper[0]).shape[-2]
     entering = _made(shallow) if shallow else None
-    front = any(_asks_front(graft) for grafts in (shallow, *deeper) for graft in grafts)
-    return Share(name, entering, deep, deep + (0 if entering is None else len(entering)), front)
+    modules = [graft.module for grafts in (shallow, *deeper) for graft in grafts]
+    front, stays = (any(getattr(module, asked) for module in modules) for asked in ("front", "stays"))
+    return Share(name, entering, deep, deep + (0 if entering is None else entering.shape[-2]), front, stays)
 
 
-def _asks_front(graft: Graft) -> bool:
-    return bool(getattr(graft.module, "front", False))
+def _agreed(rows: list[list[Share]]) -> bool:
+    """Whether all prompts of a forward stay in the stack's output; they cannot do both."""
+    stays = {share.stays for row in rows for share in row}
+    if len(stays) > 1:
+        names = sorted({repr(share.name) for row in rows for share in row if share.stays})
+        raise StateError(
+            f"prompt {', '.join(names)} stays in the output and the others do not; run them in calls of their own"
+        )
+    return stays == {True}
 
 
 def _is_front(row: list[Share]) -> bool:
@@ -197,7 +218,8 @@ def _is_front(row: list[Share]) -> bool:
 
 
 def _made(grafts: tuple[Graft, ...]) -> Tensor:
-    return torch.cat([graft.module() for graft in grafts])
+    made = [graft.module() for graft in grafts]
+    return behind_one_another(made, made)
 
 
 def _entering(share: Share, like: Tensor) -> list[Tensor]:
@@ -225,8 +247,8 @@ def _flags(share: Share, made: dict[str, Tensor]) -> list[bool]:
 
 
 def _check_deep(seat: Seat, share: Share, piece: Tensor | None) -> None:
-    if piece is not None and len(piece) != share.deep:
+    if piece is not None and piece.shape[-2] != share.deep:
         raise StateError(
-            f"{seat.path}: deep prompt {share.name!r} has {len(piece)} positions here and {share.deep} at "
+            f"{seat.path}: deep prompt {share.name!r} has {piece.shape[-2]} positions here and {share.deep} at "
             "the first layer; a deep prompt has the same number at every layer"
         )

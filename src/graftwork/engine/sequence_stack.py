@@ -150,7 +150,7 @@ class _Run:
             changed[self.facts.cache] = cache
         out = self._run(changed, cache, slots)
         self._keep_layout(out, cache, layout, slots)
-        if not self.facts.stays:
+        if not (self.facts.stays or slots.stays):
             out = outputs.stripped(out, layout, changed["inputs_embeds"].shape[1])
         return _as_asked(self.module, call, out)
 
@@ -169,7 +169,7 @@ class _Run:
             raise StateError(
                 f"{self.facts.where} never ran its first layer, so prompt {slots.names} was not put in"
             )
-        if not self.facts.stays:
+        if not (self.facts.stays or slots.stays):
             out = outputs.stripped(out, layout, slots.total)
         return _as_asked(self.module, call, out)
 
