@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import handmade as by_hand
@@ -198,10 +200,16 @@ def test_lists_and_single_names_are_taken_as_recipes_spell_them() -> None:
 def anything(hint: Any) -> st.SearchStrategy[Any]:
     """Valid values of an option, from its annotation."""
     inner = get_args(hint)
+    if get_origin(hint) is Annotated and get_origin(inner[0]) is Literal:
+        return anything(inner[0])
     if get_origin(hint) is Annotated:
         return st.one_of(*(limited(kind, inner[1:]) for kind in (get_args(inner[0]) or (inner[0],))))
     if get_origin(hint) is Literal:
         return st.sampled_from(inner)
+    if get_origin(hint) is Mapping:
+        return st.dictionaries(st.sampled_from(["0/attention.query", "head"]), anything(inner[1]))
+    if get_origin(hint) is UnionType:
+        return st.none() | anything(inner[0])
     return st.booleans()
 
 
@@ -229,7 +237,7 @@ def test_options_survive_json(kind: type[Technique], data: st.DataObject) -> Non
         options["integration"] = "scaled addition"
     technique = make(kind.name, options)
     plain = technique.options()
-    assert all(type(value) in (bool, int, float, str, list, type(None)) for value in plain.values())
+    assert all(type(value) in (bool, int, float, str, list, dict, type(None)) for value in plain.values())
     again = make(kind.name, json.loads(json.dumps(plain)))
     assert again == technique
     assert again.card == technique.card

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from graftwork.anatomy.resolve import head_sites, select_sites
 from graftwork.anatomy.walk import walk
 from graftwork.engine import attention, offloaded, placing, recompute, sequence
 from graftwork.engine.adapter import Adapter, Placed, prefixes
+from graftwork.engine.calibration import with_statistics
 from graftwork.engine.modules import HiddenModule, PrefixModule, PromptModule, WeightModule
 from graftwork.engine.seat import SEAT, Graft, seat_of, stored_parameter
 from graftwork.engine.state import State
@@ -54,6 +55,7 @@ def attach(
     name: str = "default",
     head: Literal["auto"] | bool = "auto",
     verify: bool = True,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
 ) -> Adapter:
     """Graft a technique (or several, as one adapter) onto a model; the base is frozen, its keys stay.
 
@@ -67,18 +69,24 @@ def attach(
             must have one; False: the head stays frozen).
         verify: check in the first forward that the host comes by every site, and in the first backward that
             every trainable tensor gets a gradient.
+        calibration: batches, each a mapping of the model's own arguments, for techniques that start from data. They
+            run through the bare model in eval mode, once each; with labels where gradients are read. All processes
+            of a run must be given the same.
 
     Returns:
         The adapter, with its sites, modules and tensors.
 
     Raises:
         NothingMatches: a workspace selects no module. PortUnavailable: the model cannot host the technique.
+        BadOption: calibration data that are missing, not needed, or do not reach a site.
         CardConflict: an override the port cannot honour. StateError: the model is wrapped, merged or attached
             elsewhere.
     """
     techniques = (technique,) if isinstance(technique, Technique) else tuple(technique)
     state = _state_for(model, name)
     wanted = [(i, t, site) for i, t in enumerate(techniques) for site in _sites(model, t)]
+    wanted = with_statistics(model, state, wanted, calibration)
+    techniques, wanted = _resolved(techniques, wanted)
     techniques, wanted = _with_head(model, techniques, wanted, head)
     built = _build(model, techniques, wanted, name)
     adapter = Adapter(name, techniques, built, _size(model))
@@ -104,7 +112,8 @@ def detach(model: nn.Module, *names: str) -> None:
     state.facts.forget()
     state.active = tuple(name for name in state.active if name in state.adapters)
     state.training = tuple(name for name in state.training if name in state.adapters)
-    state.route = None if state.route is not None and set(going) & set(state.route.names) else state.route
+    if set(going) & set(state.running):
+        state.route = state.chosen = None
 
 
 def state_of(model: nn.Module) -> State:
@@ -209,6 +218,14 @@ def _with_host(model: nn.Module, site: Site) -> Site:
     return replace(site, matrix=placing.matrix(model, site), bias=placing.bias(model, site))
 
 
+def _resolved(
+    techniques: tuple[Technique, ...], wanted: list[tuple[int, Technique, Site]]
+) -> tuple[tuple[Technique, ...], list[tuple[int, Technique, Site]]]:
+    """The techniques once their sites and statistics are known, and the sites they keep."""
+    found = tuple(t.resolved([site for i, _, site in wanted if i == n]) for n, t in enumerate(techniques))
+    return found, [(i, found[i], site) for i, _, site in wanted if not found[i].omits(site)]
+
+
 def _with_head(
     model: nn.Module,
     techniques: tuple[Technique, ...],
@@ -243,7 +260,7 @@ def _build(
     placed = []
     for (index, technique, site), prefix in zip(wanted, names, strict=True):
         module = _module(technique, site, shared[index])
-        lean = replace(site, matrix=None, bias=None)
+        lean = replace(site, matrix=None, bias=None, statistic=None)
         graft = Graft(name, technique.name, lean, technique.card, module)
         placed.append(Placed(index, lean, technique.card.port, graft, prefix))
     _tie(model, techniques, placed)
@@ -330,4 +347,4 @@ def _strip(model: nn.Module, state: State) -> None:
     for key, parameter in model.named_parameters():
         if key in state.frozen:
             parameter.requires_grad_(state.frozen[key])
-    state.adapters, state.active, state.training, state.route = {}, (), (), None
+    state.adapters, state.active, state.training, state.route, state.chosen = {}, (), (), None, None

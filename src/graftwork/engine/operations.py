@@ -6,6 +6,7 @@ I, O input and output channels (for a convolution I counts in_channels / groups 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ class Operation:
         """The operation with an explicit weight, for packed modules."""
         raise NotImplementedError
 
+    def rows(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What the matrix multiplies, one row for each time it is applied: (N, I) of the input x."""
+        raise NotImplementedError
+
     def tokens(self, x: Tensor) -> int | None:
         """How many positions each row of the input has, None where rows are not sequences."""
         return x.shape[1] if x.dim() == 3 else None
@@ -70,6 +75,9 @@ class LinearOperation(Operation):
 
     def thin(self, module: nn.Module, base: type) -> bool:
         return True
+
+    def rows(self, module: nn.Module, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1])
 
     def linear(self, module: nn.Module, base: type) -> bool:
         return True
@@ -150,6 +158,13 @@ class ConvolutionOperation(Operation):
 
     def thin(self, module: nn.Module, base: type) -> bool:
         return hasattr(module, "_conv_forward") and base.forward in _CONVOLUTIONS  # type: ignore[attr-defined]
+
+    def rows(self, module: Any, x: Tensor) -> Tensor:
+        count = module.in_channels // module.groups
+        width = count * math.prod(module.kernel_size)
+        each = torch.eye(width, dtype=x.dtype, device=x.device).unflatten(1, (count, *module.kernel_size))
+        patches = module._conv_forward(x, each.repeat(module.groups, *(1,) * (each.dim() - 1)), None)
+        return patches.flatten(2).unflatten(1, (module.groups, width)).mT.reshape(-1, width)  # type: ignore[no-any-return]
 
     def add(self, module: Any, base: type, x: Tensor, y: Tensor, groups: tuple[Factors, ...]) -> Tensor:
         for group in groups:

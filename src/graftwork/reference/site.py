@@ -9,6 +9,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from graftwork.reference.statistic import Statistic
+
 
 class Kind(StrEnum):
     """What the host module at a site is, as far as techniques care."""
@@ -67,11 +69,14 @@ class Site:
         causal: the stack looks back only, so a module that looks across positions must not look ahead.
         key_width, value_width: width of keys and values (all heads), for the attention port.
         heads: number of key/value heads, for the attention port.
+        patch: values that one embedded position is made of (channels x patch area), for the sequence port;
+            0 where positions are rows of a table.
         dtype, device: of the host parameter (adapter tensors are made on the same device).
         matrix: returns the host weight in fp32, dequantised, shaped as `shape` says; for initialisers that
             read it. At a STACK the embedding table as (channels, vocabulary), None where the stack has none.
             Raises on the meta device.
         bias: returns the host bias in fp32, (width_out,); None where `has_bias` is false.
+        statistic: what calibration data gave for this site, where the technique asked for something.
     """
 
     key: str
@@ -99,10 +104,12 @@ class Site:
     key_width: int = 0
     value_width: int = 0
     heads: int = 0
+    patch: int = 0
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     matrix: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
     bias: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
+    statistic: Statistic | None = field(default=None, compare=False, repr=False)
 
     @property
     def read_only(self) -> bool:

@@ -21,6 +21,7 @@ from graftwork.reference.arithmetic import Arithmetic
 from graftwork.reference.card import Card
 from graftwork.reference.properties import Insertion, Integration, Port
 from graftwork.reference.site import Site
+from graftwork.reference.statistic import Statistic
 
 Layers = str | tuple[int, ...]
 
@@ -65,6 +66,19 @@ class Between:
     def check(self, value: float) -> str | None:
         inside = self.low <= value and (value <= self.high if self.closed else value < self.high)
         return None if inside else f"must lie {self}"
+
+
+@dataclass(frozen=True)
+class Because:
+    """Annotation: why the values that a reader may look for are not among the choices."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+    def check(self, value: object) -> None:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +138,23 @@ class Technique:
     def fits(self, site: Site) -> bool:
         """Whether a module can be built at a selected site; others are left out, none left is an error."""
         return True
+
+    def omits(self, site: Site) -> bool:
+        """Whether the options themselves leave out a site that the workspaces select (a rank of 0)."""
+        return False
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether modules start from statistics of calibration data."""
+        return False
+
+    def gathers(self, site: Site) -> Statistic | None:
+        """What calibration gathers at a site; `build` finds it filled at `site.statistic`."""
+        return None
+
+    def resolved(self, sites: Sequence[Site]) -> Technique:
+        """This technique once its sites are known; differs where options are found from their statistics."""
+        return self
 
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
         """One module common to all sites (card: sharing), handed to each built module by `adopt(shared)`.
@@ -224,6 +255,8 @@ def check_options(technique: Technique) -> None:
 def _json(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
+    if isinstance(value, Mapping):
+        return dict(value)
     return value.value if isinstance(value, Enum) else value
 
 
@@ -256,8 +289,10 @@ def _problem(hint: Any, value: Any) -> str | None:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         wrong = _problem(inner[0], value)
-        if wrong or value is None:
-            return wrong
+        if wrong:
+            return "; ".join([wrong, *(str(check) for check in inner[1:] if isinstance(check, Because))])
+        if value is None:
+            return None
         return next((text for check in inner[1:] if (text := check.check(value))), None)
     if origin in (Union, UnionType):
         problems = [_problem(kind, value) for kind in inner if kind is not NoneType]
@@ -265,10 +300,19 @@ def _problem(hint: Any, value: Any) -> str | None:
         return None if fine else " and ".join(map(str, problems))
     if origin is Literal:
         return None if value in inner else f"is not one of {', '.join(map(repr, inner))}"
+    if origin is Mapping:
+        return _mapping_problem(inner, value)
     if origin is tuple:
         fine = isinstance(value, tuple) and not any(_problem(inner[0], item) for item in value)
         return None if fine else f"is not a list of {_NOUNS.get(inner[0], inner[0])}"
     return _wrong_type(hint, value)
+
+
+def _mapping_problem(inner: tuple[Any, ...], value: Any) -> str | None:
+    if not isinstance(value, Mapping):
+        return "is not a mapping"
+    pairs = ((key, _problem(inner[0], key) or _problem(inner[1], item)) for key, item in value.items())
+    return next((f"{problem} at {key!r}" for key, problem in pairs if problem), None)
 
 
 def _wrong_type(hint: Any, value: Any) -> str | None:

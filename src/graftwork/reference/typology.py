@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -153,6 +153,8 @@ def _values(hint: Any) -> str:
         return ", ".join([_values(inner[0]), *map(str, inner[1:])])
     if get_origin(hint) is Literal:
         return " | ".join(map(str, inner))
+    if get_origin(hint) is Mapping:
+        return f"{_values(inner[0])}: {_values(inner[1])}"
     if get_origin(hint) is tuple:
         return "names" if inner[0] is str else "numbers"
     if inner:

@@ -1,34 +1,37 @@
 """AdaLoRA: low-rank updates that share out one budget of rank while they train (Zhang et al. 2023, arXiv:2303.10512).
 
 The host's matrix becomes W + s P diag(E) Q with s = alpha / rank. E starts at zero, P and Q are normal with deviation
-0.02, so attaching changes no output. After each step of the optimiser the least important triplets of all matrices are
-cut (their E set to zero), from `rank` on average down to `target_rank` along a cubic. This happens in any training loop
-by itself; it needs to know the number of steps. Importances and the step count are buffers, so that a resumed run goes
-on where it was. An adapter file holds the result as a LoRA: Q scaled by E, and P.
+0.02 (or Q has the principal directions of the inputs), so attaching changes no output. After each step of the optimiser
+the least important triplets of all matrices are cut (their E set to zero), from `rank` on average down to `target_rank`
+along a cubic. This happens in any training loop by itself; it needs to know the number of steps. Importances and the
+step count are buffers, so that a resumed run goes on where it was. An adapter file holds the result as a LoRA: Q scaled
+by E, and P.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from graftwork.engine.rank_budget import BudgetSchedule, RankBudget, RankedModule
 from graftwork.errors import BadOption
+from graftwork.initialisers import INITIALISERS
+from graftwork.initialisers.ranked import Initialised
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import InterConnectivity
 from graftwork.reference.site import Kind, Site
-from graftwork.reference.technique import Above, AtLeast, Between, Technique, from_options
+from graftwork.reference.technique import Above, AtLeast, Because, Between, Technique, from_options
 from graftwork.techniques.lora import LoRA
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class AdaLoRA(Technique):
+class AdaLoRA(Initialised):
     """Update each chosen matrix by a product of rank as high as its importance earns it.
 
     Args:
@@ -40,8 +43,8 @@ class AdaLoRA(Technique):
         interval: steps from one cut to the next.
         alpha: numerator of the scale; None means `rank` (scale 1).
         dropout: probability of dropping an element of the adapter's input while training.
-        beta1: how much of the smoothed sensitivity each step keeps.
-        beta2: how much of the smoothed uncertainty each step keeps.
+        beta1, beta2: how much of the smoothed sensitivity, and of its uncertainty, each step keeps.
+        init: where Q starts: "gaussian" with deviation 0.02, or "eva".
     """
 
     example: ClassVar[str] = "total_steps=1000"
@@ -64,6 +67,9 @@ class AdaLoRA(Technique):
     dropout: Annotated[float, Between(0, 1)] = 0.0
     beta1: Annotated[float, Between(0, 1)] = 0.85
     beta2: Annotated[float, Between(0, 1)] = 0.85
+    init: Annotated[Literal["gaussian", "eva"], Because("others lose a part of the weight when cut")] = (
+        "gaussian"
+    )
 
     @property
     def scale(self) -> float:
@@ -73,19 +79,15 @@ class AdaLoRA(Technique):
         return site.weighted and site.kind is not Kind.NORM
 
     def build(self, site: Site) -> nn.Module:
-        return Triplets(site, self.rank, self.scale, self.dropout)
+        return Triplets(site, self)
 
     def shared(self, sites: Sequence[Site]) -> nn.Module:
         total, cut = self.total_steps, self.initial_steps + self.final_steps
         if total is None:
-            raise BadOption(
-                f"{self.name}: total_steps must be given: the rank is cut over the whole training"
-            )
+            raise BadOption(f"{self.name}: total_steps must be given: the rank is cut over all of them")
         if total <= cut:
-            raise BadOption(
-                f"{self.name}: total_steps={total} leaves no step between initial_steps={self.initial_steps} and "
-                f"final_steps={self.final_steps} in which to cut"
-            )
+            ends = f"initial_steps={self.initial_steps} and final_steps={self.final_steps}"
+            raise BadOption(f"{self.name}: total_steps={total} leaves no step between {ends} in which to cut")
         if self.target_rank > self.rank:
             raise BadOption(f"{self.name}: target_rank={self.target_rank} is above rank={self.rank}")
         matrices = sum(torch.Size(site.batch).numel() for site in sites)
@@ -105,11 +107,12 @@ class AdaLoRA(Technique):
 
 
 class Triplets(RankedModule):
-    def __init__(self, site: Site, rank: int, scale: float, dropout: float) -> None:
-        down = 0.02 * torch.randn(*site.batch, rank, site.width_in)
-        super().__init__(down, 0.02 * torch.randn(*site.batch, site.width_out, rank))
-        self.scale, self.dropout = scale, dropout
+    def __init__(self, site: Site, technique: AdaLoRA) -> None:
+        down = 0.02 * torch.randn(*site.batch, technique.rank, site.width_in)
+        if technique.needs_data:
+            down = INITIALISERS[technique.init].start(site, technique.rank, technique.scale).down
+        super().__init__(down, 0.02 * torch.randn(*site.batch, site.width_out, technique.rank))
+        self.scale, self.dropout = technique.scale, technique.dropout
 
     def stored_tensors(self) -> dict[str, Tensor]:
-        down, up = self.factors()
-        return {"down": down.detach(), "up": up.detach()}
+        return {name: t.detach() for name, t in zip(("down", "up"), self.factors(), strict=True)}

@@ -11,11 +11,11 @@ with the adapter switched off.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
-from graftwork.techniques.lora import LoRA
+from graftwork.techniques.lora import Init, LoRA
 
 
 @register
@@ -30,4 +30,4 @@ class BALoRA(LoRA, name="ba-lora"):
         "Inheritance in Large Language Models, arXiv:2408.04556",
     )
 
-    init: Literal["kaiming", "gaussian", "pissa", "olora", "given"] = "pissa"
+    init: Init = "pissa"

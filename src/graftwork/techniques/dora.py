@@ -1,8 +1,8 @@
 """DoRA: train magnitude and direction of each row of a matrix apart (Liu et al. 2024, arXiv:2402.09353).
 
-V = W + s B A, and W' = m V / |V| with one norm for each output channel. m starts as the norms of W and B at zero, so
-attaching changes no output. The norm counts as a constant in the gradient (the paper, section 4.3). The bias of the
-host is added after rescaling.
+V = W + s B A, and W' = m V / |V| with one norm for each output channel. m starts as the norms of V and B at zero, so
+attaching changes no output. With an init that takes s B A out of the weight, V is W less what was taken, plus s B A.
+The norm counts as a constant in the gradient (the paper, section 4.3). The bias of the host is added after rescaling.
 
 It is never formed: |V_o|^2 = |W_o|^2 + 2 s B_o (W A^T)_o + s^2 B_o (A A^T) B_o^T, with |W_o|^2 computed once, and the
 answer is (m / |V|) (W x + s B A x). A channel whose row of W is all zeros keeps magnitude 0 and learns nothing.
@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from graftwork.engine.below import Below
 from graftwork.engine.modules import WeightModule
 from graftwork.engine.rescaled import rescaled
 from graftwork.initialisers import INITIALISERS, matrices
+from graftwork.initialisers.start import register_taken
 from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
@@ -41,10 +43,9 @@ class DoRA(LoRA):
     )
     arithmetic: ClassVar[Arithmetic] = Arithmetic(
         {"up": Role.SIGNED, "down": Role.FACTOR, "magnitude": Role.HOST},
-        free=("alpha", "stabilised", "dropout", "up_rate", "init"),
+        undefined=LoRA.arithmetic.undefined,
+        free=("alpha", "stabilised", "dropout", "up_rate", "init", "rho"),
     )
-
-    init: Literal["kaiming", "gaussian"] = "kaiming"  # type: ignore[assignment]
 
     def fits(self, site: Site) -> bool:
         return site.multiplies
@@ -54,37 +55,57 @@ class DoRA(LoRA):
         return
 
     def build(self, site: Site) -> nn.Module:
-        return Decomposed(site, self.rank, self.scale, self.dropout, self.init)
+        return Decomposed(site, self)
 
 
 class Decomposed(WeightModule):
-    def __init__(self, site: Site, rank: int, scale: float, dropout: float, init: str) -> None:
+    taken_down: Tensor | None
+    taken_up: Tensor | None
+
+    def __init__(self, site: Site, technique: DoRA) -> None:
         super().__init__()
         assert site.matrix is not None
-        start = INITIALISERS[init](site, rank, scale)
-        self.down, self.up = nn.Parameter(start.down), nn.Parameter(start.up)
-        norms = torch.empty(site.shape[:-1]) if matrices.planned() else _squares(site.matrix()).sqrt()
-        self.magnitude = nn.Parameter(norms)
-        self.scale, self.dropout = scale, dropout
+        self.scale, self.dropout = technique.scale, technique.dropout
+        start = INITIALISERS[technique.init].start(site, technique.rank_at(site), self.scale)
+        self.down, self.up = nn.Parameter(start.down.contiguous()), nn.Parameter(start.up.contiguous())
+        register_taken(self, start.taken)
+        planned = matrices.planned()
+        norms = torch.empty(site.shape[:-1]) if planned else _squares(self._direction(site.matrix())).sqrt()
+        self.magnitude = nn.Parameter(norms.detach())
         self._known: tuple[tuple[int, int], Tensor] | None = None
 
+    def _direction(self, weight: Tensor) -> Tensor:
+        """V (..., O, I)."""
+        down, up = self._factors()
+        return weight + (up @ down).to(weight.dtype)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """(down, up) with the scale in `up`, and what the start took beside them."""
+        if self.taken_down is None or self.taken_up is None:
+            return self.down, self.scale * self.up
+        down = torch.cat([self.down, self.taken_down], -2)
+        return down, torch.cat([self.scale * self.up, -self.taken_up], -1)
+
     def effective(self, weight: Tensor, base: Tensor) -> Tensor:
-        v = weight + (self.scale * (self.up @ self.down)).to(weight.dtype)
+        v = self._direction(weight)
         factor = self.magnitude / _squares(v.detach()).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         return v * factor.unsqueeze(-1).to(weight.dtype)
 
     def answer(self, x: Tensor, below: Below) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         y = below.low_rank(x, self.down, self.up, self.scale, dropout)
+        if self.taken_down is not None and self.taken_up is not None:  # never dropped
+            inner = functional.linear(x, self.taken_down.to(x.dtype))
+            y = y - functional.linear(inner, self.taken_up.to(x.dtype))
         return rescaled(y, self.magnitude / self._lengths(below), below.bias)
 
     @torch.no_grad()
     def _lengths(self, below: Below) -> Tensor:
         """|V| row by row (O,), from the norms of W and the factors."""
-        weight, up = below.matrix(), self.scale * self.up
-        crossed = (weight @ self.down.to(weight.dtype).mT).to(up.dtype)
+        weight, (down, up) = below.matrix(), self._factors()
+        crossed = (weight @ down.to(weight.dtype).mT).to(up.dtype)
         squares = self._squares_of(weight, below.bare) + 2 * (up * crossed).sum(-1)
-        squares = squares + ((up @ (self.down @ self.down.mT)) * up).sum(-1)
+        squares = squares + ((up @ (down @ down.mT)) * up).sum(-1)
         return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
     def _squares_of(self, weight: Tensor, frozen: bool) -> Tensor:

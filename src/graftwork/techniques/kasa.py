@@ -23,19 +23,21 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.engine.modules import LowRankModule
-from graftwork.errors import BadOption
-from graftwork.initialisers import kaiming, matrices
+from graftwork.initialisers import INITIALISERS
+from graftwork.initialisers.of_weight import Truncation, truncated
+from graftwork.initialisers.ranked import Initialised
+from graftwork.initialisers.start import register_taken
 from graftwork.reference.arithmetic import Arithmetic
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
 from graftwork.reference.site import Site
-from graftwork.reference.technique import Above, AtLeast, Between, Technique
+from graftwork.reference.technique import Above, Because, Between, Technique
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class KaSA(Technique):
+class KaSA(Initialised):
     """An update with trained singular values on a weight without its smallest ones.
 
     Args:
@@ -43,6 +45,7 @@ class KaSA(Technique):
         alpha: numerator of the scale alpha / rank; None means 2 rank.
         dropout: probability of dropping an element of the update's input while training.
         truncation: what is cut: "paper" or "published-code"; "given": to be filled from a file.
+        init: where A starts; B starts at zero.
     """
 
     published: ClassVar[Card] = Card(
@@ -61,13 +64,15 @@ class KaSA(Technique):
     )
     arithmetic: ClassVar[Arithmetic] = Arithmetic(
         undefined={"*": "it stands on a weight without its smallest components, which no sum puts back"},
-        free=("alpha", "dropout"),
+        free=("alpha", "dropout", "init"),
     )
 
-    rank: Annotated[int, AtLeast(1)] = 8
     alpha: Annotated[float | None, Above(0)] = None
     dropout: Annotated[float, Between(0, 1)] = 0.0
-    truncation: Literal["paper", "published-code", "given"] = "paper"
+    truncation: Truncation = "paper"
+    init: Annotated[
+        Literal["kaiming", "gaussian", "eva"], Because("others take a part of their own out of the weight")
+    ] = "kaiming"
 
     @property
     def scale(self) -> float:
@@ -77,12 +82,6 @@ class KaSA(Technique):
         return site.multiplies
 
     def build(self, site: Site) -> nn.Module:
-        smaller = min(site.width_out, site.width_in)
-        if self.rank >= smaller:
-            raise BadOption(
-                f"kasa: rank={self.rank} at {site.key}, whose matrix is {site.width_out} x {site.width_in}: it cuts "
-                f"as many singular components as its rank, so at most {smaller - 1}"
-            )
         return SingularValues(site, self)
 
     def update(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -91,7 +90,7 @@ class KaSA(Technique):
         return down, torch.cat([up, -tensors["taken_up"]], -1)
 
     def stored(self) -> Technique:
-        return replace(self, truncation="given")
+        return replace(self, truncation="given", init=INITIALISERS[self.init].stored)  # type: ignore[arg-type]
 
 
 class SingularValues(LowRankModule):
@@ -100,33 +99,14 @@ class SingularValues(LowRankModule):
 
     def __init__(self, site: Site, technique: KaSA) -> None:
         super().__init__()
-        start = kaiming(site, technique.rank, technique.scale)
+        start = INITIALISERS[technique.init].start(site, technique.rank, technique.scale)
         self.down, self.up = nn.Parameter(start.down), nn.Parameter(start.up)
         self.values = nn.Parameter(torch.randn(*site.batch, technique.rank))
         self.scale, self.dropout = technique.scale, technique.dropout
-        down, up = _cut(site, technique)
-        self.register_buffer("taken_down", down.contiguous())
-        self.register_buffer("taken_up", up.contiguous())
+        register_taken(self, truncated(site, technique.rank, technique.truncation))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.down, self.up * self.values.unsqueeze(-2)
 
     def taken(self) -> tuple[Tensor, Tensor]:
         return self.taken_down, self.taken_up
-
-
-def _cut(site: Site, technique: KaSA) -> tuple[Tensor, Tensor]:
-    """(down (..., R, I), up (..., O, R)) whose product is what leaves the weight."""
-    if technique.truncation == "given" or matrices.planned():
-        rank = technique.rank
-        return matrices.zeros(site, rank, site.width_in), matrices.zeros(site, site.width_out, rank)
-    assert site.matrix is not None
-    weight = matrices.finite(site.matrix(), f"{site.key}: its weight")
-    left, values, right = matrices.bottom_singular(weight, technique.rank)
-    if technique.truncation == "published-code":
-        first = min(weight.shape[-2:]) - technique.rank
-        kept = (
-            torch.arange(first, first + technique.rank, device=values.device) < site.width_in - technique.rank
-        )
-        values = values.masked_fill(kept, 0.0)
-    return right.mT, left * values.unsqueeze(-2)

@@ -18,18 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.engine.modules import LowRankModule
-from graftwork.initialisers import INITIALISERS, TAKING
+from graftwork.initialisers import INITIALISERS
+from graftwork.initialisers.ranked import Ranked
+from graftwork.initialisers.start import register_taken
 from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
 from graftwork.reference.site import Kind, Site
-from graftwork.reference.technique import Above, AtLeast, Between, Technique
+from graftwork.reference.technique import Above, Between
+
+Init = Literal["kaiming", "gaussian", "pissa", "olora", "kasa", "eva", "lora-ga", "given"]
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Technique):
+class LoRA(Ranked):
     """Update each chosen matrix by a product of two thin ones.
 
     Args:
@@ -38,9 +42,7 @@ class LoRA(Technique):
         stabilised: scale by alpha / sqrt(rank).
         dropout: probability of dropping an element of the adapter's input while training.
         up_rate: learning-rate factor of B (LoRA+).
-        init: where A and B start. "kaiming" and "gaussian": B at zero; "pissa": the top singular directions of the
-            weight; "olora": of its QR decomposition. The last two leave the base as it is: what they took is
-            subtracted by a frozen pair beside it. "given": to be filled from a file.
+        init: where A and B start, see docs/initialisation.md; "given": to be filled from a file.
     """
 
     published: ClassVar[Card] = Card(
@@ -62,15 +64,18 @@ class LoRA(Technique):
     arithmetic: ClassVar[Arithmetic] = Arithmetic(
         {"up": Role.SIGNED, "down": Role.FACTOR},
         undefined={"taken_*": "its update is B A less what its start took, which no sum of factors gives"},
-        free=("alpha", "stabilised", "dropout", "up_rate", "init"),
+        free=("alpha", "stabilised", "dropout", "up_rate", "init", "rho"),
     )
 
-    rank: Annotated[int, AtLeast(1)] = 8
     alpha: Annotated[float | None, Above(0)] = None
     stabilised: bool = False
     dropout: Annotated[float, Between(0, 1)] = 0.0
     up_rate: Annotated[float, Above(0)] = 1.0
-    init: Literal["kaiming", "gaussian", "pissa", "olora", "given"] = "kaiming"
+    init: Init = "kaiming"
+
+    @property
+    def card(self) -> Card:
+        return replace(super().card, identity_at_init=INITIALISERS[self.init].identity)
 
     @property
     def scale(self) -> float:
@@ -81,10 +86,7 @@ class LoRA(Technique):
         return site.weighted and site.kind is not Kind.NORM
 
     def build(self, site: Site) -> nn.Module:
-        return LowRank(site, self.rank, self.scale, self.dropout, self.init)
-
-    def stored(self) -> Technique:
-        return replace(self, init="given") if self.init in TAKING else self
+        return LowRank(site, self)
 
     def update(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         down, up = tensors["down"], self.scale * tensors["up"]
@@ -100,13 +102,12 @@ class LowRank(LowRankModule):
     taken_down: Tensor | None
     taken_up: Tensor | None
 
-    def __init__(self, site: Site, rank: int, scale: float, dropout: float, init: str = "kaiming") -> None:
+    def __init__(self, site: Site, technique: LoRA) -> None:
         super().__init__()
-        start = INITIALISERS[init](site, rank, scale)
+        self.scale, self.dropout = technique.scale, technique.dropout
+        start = INITIALISERS[technique.init].start(site, technique.rank_at(site), self.scale)
         self.down, self.up = nn.Parameter(start.down.contiguous()), nn.Parameter(start.up.contiguous())
-        self.scale, self.dropout = scale, dropout
-        self.register_buffer("taken_down", start.down.clone().contiguous() if start.taken else None)
-        self.register_buffer("taken_up", (scale * start.up).contiguous() if start.taken else None)
+        register_taken(self, start.taken)
 
     def taken(self) -> tuple[Tensor, Tensor] | None:
         return None if self.taken_down is None or self.taken_up is None else (self.taken_down, self.taken_up)
