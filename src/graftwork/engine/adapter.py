@@ -26,6 +26,10 @@ class Placed:
     prefix: str
 
 
+def _looks_back(place: Placed) -> bool:
+    return place.port is Port.HIDDEN and not place.graft.card.token_wise and place.site.causal
+
+
 class Adapter:
     """What `attach` returns: the techniques, their sites and modules.
 
@@ -34,6 +38,7 @@ class Adapter:
         techniques: in the order given; a fresh task head is the last of them.
         placed: every module with its site, port and tensor-name prefix.
         host_parameters: number of values of the model it was attached to.
+        looks_back: the first graft that mixes a signal's positions in a stack that looks back, None without.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class Adapter:
         self.techniques = techniques
         self.placed = placed
         self.host_parameters = host_parameters
+        self.looks_back = next((place.graft for place in placed if _looks_back(place)), None)
 
     @property
     def cards(self) -> tuple[Card, ...]:

@@ -1,5 +1,7 @@
 """Nothing is a silent no-op: after the first forward every running site was met, after the first backward
-every trainable tensor of a running adapter has a gradient, and data-parallel training knows each of them."""
+every trainable tensor of a running adapter has a gradient, and data-parallel training knows each of them. A
+module that looks at other positions is not shown the newest one alone.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from graftwork.engine.seat import SEAT, Seat, seat_of
+from graftwork.engine.sequence_cache import filled, is_cache
 from graftwork.engine.state import State
 from graftwork.errors import NoGradient, StateError
 
@@ -36,6 +39,7 @@ def root_call(
     wrapper = DistributedDataParallel._get_active_ddp_module()
     if wrapper is not None and torch.is_grad_enabled():
         _check_synchronised(wrapper, state)
+    _check_whole(state, args, kwargs)
     if not (state.unreached or state.ungraded):
         return run(module, seat, base, args, kwargs)
     out = run(module, seat, base, args, kwargs)
@@ -44,6 +48,19 @@ def root_call(
     if state.ungraded and torch.is_grad_enabled():
         _watch(out, state)
     return out
+
+
+def _check_whole(state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A cache keeps what the host's own attention needs of earlier positions, and nothing for our modules."""
+    looking = (adapter.looks_back for name, adapter in state.adapters.items() if name in state.running)
+    graft = next(filter(None, looking), None)
+    if graft is None or not any(is_cache(value) and filled(value) for value in (*args, *kwargs.values())):
+        return
+    raise StateError(
+        f"{graft.technique} ({graft.adapter!r}) at {graft.site.key} looks at earlier positions, but with a filled "
+        "cache only the newest are computed, so its answer would be another. Generate with use_cache=False, "
+        "or without this adapter"
+    )
 
 
 def _check_synchronised(wrapper: nn.Module, state: State) -> None:

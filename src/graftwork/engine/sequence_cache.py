@@ -17,6 +17,11 @@ from graftwork.errors import PortUnavailable, StateError
 _LAYOUT, _INSIDE, _GROWN = "graft_layout", "graft_inside", "graft_grown"
 
 
+def is_cache(value: object) -> bool:
+    """Whether an argument is a cache of keys and values, or of states."""
+    return hasattr(value, "get_seq_length") or hasattr(value, "conv_states")
+
+
 def layout_of(cache: Any) -> Layout | None:
     """The layout of the slots in a cache, None when it holds none."""
     return None if cache is None else getattr(own(cache), _LAYOUT, None)

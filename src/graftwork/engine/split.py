@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from graftwork.engine.blend import Blend
 from graftwork.engine.operations import operation_of
 from graftwork.engine.seat import Graft, Seat
+from graftwork.engine.sequence_cache import is_cache
 from graftwork.errors import RouteError
 
 if TYPE_CHECKING:
@@ -80,11 +81,7 @@ def needed(seat: Seat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """
     if seat.state.route is None or not (seat.readers or seat.occasional):
         return False
-    return seat.readers > 0 or not any(map(_is_cache, (*args, *kwargs.values())))
-
-
-def _is_cache(value: object) -> bool:
-    return hasattr(value, "get_seq_length") or hasattr(value, "conv_states")
+    return seat.readers > 0 or not any(map(is_cache, (*args, *kwargs.values())))
 
 
 def by_adapter(
@@ -111,7 +108,7 @@ def by_adapter(
         raise RouteError(
             f"{seat.path} reads a weight that it does not call; route per sample there, not per token"
         )
-    if any(map(_is_cache, (*args, *kwargs.values()))):
+    if any(map(is_cache, (*args, *kwargs.values()))):
         raise RouteError(
             f"{seat.path} reads a weight that it does not call, and its cache cannot be split by adapter; "
             "pass use_cache=False, or choose workspaces that are called"

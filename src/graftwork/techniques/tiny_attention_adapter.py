@@ -6,7 +6,7 @@ The signal h becomes h + output attention(query n, key n, value n), n = h normal
 It looks across positions, so it cannot be routed per token; in a stack that only looks back, so does it. It
 does not see the padding mask: padded positions are attended like any other, so a row's answer depends on its
 padding (in a causal stack, on padding at the left). Decoding with a cache would show it one position at a
-time, which is another function: generate with `use_cache=False`.
+time, which is another function and refused: generate with `use_cache=False`.
 """
 
 from __future__ import annotations
