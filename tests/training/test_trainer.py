@@ -15,7 +15,7 @@ from graftwork.training import checkpoints, states
 from graftwork.training.groups import grouped
 from graftwork.training.journal import Journal, Recorder
 from graftwork.training.materials import Materials
-from graftwork.training.run import make_trainer
+from graftwork.training.run import make_trainer, scores_on
 from graftwork.training.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -248,3 +248,27 @@ def test_groups() -> None:
     sizes = {(g.factor, g.weight_decay): sum(p.numel() for p in g.parameters) for g in found}
     assert sizes == {(1.0, 0.1): 6, (16.0, 0.1): 6, (16.0, 0.0): 2}
     assert found[0].factor == 1.0
+
+
+def test_the_loss_of_an_evaluation_is_the_mean_over_its_labels(tmp_path: Path) -> None:
+    """Batches of 8, 8 and 3 rows with unequal numbers of tokens against all rows at once."""
+    rows = [{**item, "labels": item["input_ids"]} for item in items(19, seed=5)]
+    task = make_task("causal-lm")
+    model = tiny("llama").eval()
+    batch = task.collator(Tokenizer())(rows)
+    counted = batch["labels"][:, 1:] != IGNORED
+    with torch.no_grad():
+        scores = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits[:, :-1]
+    wanted = nn.functional.cross_entropy(scores[counted].double(), batch["labels"][:, 1:][counted])
+    made = make_trainer(
+        Materials(task, model, Tokenizer(), {}),
+        args=TrainingArguments(
+            output_dir=str(tmp_path), per_device_eval_batch_size=8, remove_unused_columns=False,
+            label_names=["labels"], report_to="none", use_cpu=True, disable_tqdm=True,
+        ),
+        patience=None,
+        groups=lambda _: (),
+    )  # fmt: skip
+    scores = scores_on(made, Encoded(rows))
+    assert scores["loss"] == pytest.approx(wanted.item(), rel=1e-6)
+    assert scores["perplexity"] == pytest.approx(wanted.exp().item(), rel=1e-5)

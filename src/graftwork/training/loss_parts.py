@@ -1,4 +1,4 @@
-"""The parts of the loss between two records of the log."""
+"""Losses over many batches and processes: the training loss's parts between two records, an evaluation's mean."""
 
 from __future__ import annotations
 
@@ -37,3 +37,21 @@ class LossParts:
             for name, (total, share) in zip(self._names, found, strict=True)
             if share
         }
+
+
+class EvaluationLoss:
+    """The mean loss of an evaluation's counted labels, however they are cut into batches and processes."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []
+
+    def add(self, loss: Tensor, counted: int) -> None:
+        """A batch's mean loss over its `counted` labels."""
+        if counted:
+            self._sums.append(torch.stack((loss.float() * counted, loss.new_tensor(counted).float())))
+
+    def mean(self, accelerator: Accelerator) -> float | None:
+        """Over all processes, None where nothing was counted; every process calls it."""
+        none = torch.zeros(2, device=accelerator.device)
+        total, counted = accelerator.reduce(sum(self._sums, none), reduction="sum").tolist()
+        return total / counted if counted else None

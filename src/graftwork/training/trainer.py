@@ -10,15 +10,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.distributed import all_gather_object, barrier
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from graftwork.objectives.rows import shifts_labels
 from graftwork.objectives.total import Objectives
 from graftwork.tasks.base import IGNORED, Encoded, Task
 from graftwork.training import checkpoints, states
 from graftwork.training.groups import Group
-from graftwork.training.loss_parts import LossParts
+from graftwork.training.loss_parts import EvaluationLoss, LossParts
 from graftwork.training.optimizer import LowRank
 from graftwork.training.order import ByLength, lengths
 
@@ -32,6 +33,7 @@ class Trainer(transformers.Trainer):
       whole or absent (`checkpoints.py`).
     - The loss of a slice of a batch counts by its share of the counted labels, over accumulation slices and
       processes alike, so that neither changes the gradient.
+    - The loss of an evaluation is the mean over its counted labels, whatever the batches and processes.
     - Objectives add to the training loss, and each part of it is logged; evaluation shows the task's loss.
     - The state of the best evaluation is always checkpointed; training stops after `patience` evaluations
       without a better one.
@@ -57,6 +59,7 @@ class Trainer(transformers.Trainer):
         self._loss_shifts_labels = shifts_labels(self.model)  # transformers' own misses GPT-2
         self._objectives = objectives
         self._parts = LossParts(objectives.names if objectives else ())
+        self._evaluated = EvaluationLoss()
         self._frozen_statistics = [
             m for m in self.model.modules() if getattr(m, "track_running_stats", False)
         ]
@@ -129,6 +132,22 @@ class Trainer(transformers.Trainer):
 
     # Evaluation
 
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._evaluated = EvaluationLoss()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        if (loss := self._evaluated.mean(self.accelerator)) is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -139,6 +158,7 @@ class Trainer(transformers.Trainer):
         loss, logits, labels = super().prediction_step(
             model, inputs, prediction_loss_only or self._task.generates, ignore_keys
         )
+        self._note_loss(model, inputs, loss)
         if not self._task.generates or prediction_loss_only:
             return loss, logits, labels
         inputs = self._prepare_inputs(inputs)
@@ -146,6 +166,18 @@ class Trainer(transformers.Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             ids = self.accelerator.unwrap_model(model).generate(**given, **self._task.generation())
         return loss, ids, inputs["labels"]
+
+    def _note_loss(self, model: nn.Module, inputs: Batch, loss: Tensor | None) -> None:
+        """Count a batch's loss, but not the rows that only make the last batches of all processes alike."""
+        labels, dealt = inputs["labels"], self.accelerator.gradient_state
+        if self.args.world_size > 1 and dealt.end_of_dataloader and dealt.remainder > 0:
+            own = min(max(dealt.remainder - self.args.process_index * len(labels), 0), len(labels))
+            # A process without a row of its own runs one too: a sharded model is gathered by all together.
+            kept = {key: value[: max(own, 1)] for key, value in inputs.items()}
+            loss, _, _ = super().prediction_step(model, kept, True)
+            labels = labels[:own]
+        if loss is not None:
+            self._evaluated.add(loss, self._counted(labels))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         better = super()._determine_best_metric(metrics, trial)
