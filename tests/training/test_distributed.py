@@ -1,6 +1,7 @@
 """Two processes (gloo, CPU) against one: DDP and FSDP2 take the same steps and write the same adapter."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from graftwork.training.result import RunResult
 from graftwork.training.run import tune
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+COMMAND = "torchrun --standalone --nproc-per-node 2 -m graftwork tune"
 UNEVEN = 21  # rows of validation: of the second round of eight each, one process has five and the other none
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LENGTH = {"steps": 6, "log_every": 1, "evaluate_every": 3, "save_every": 2, "keep": "last"}
@@ -50,11 +52,20 @@ def values(quiet: Path, output: Path, **training: object) -> dict[str, object]:
 def launch(recipe: Recipe, folder: Path) -> None:
     file = folder / "recipe.yaml"
     file.write_text(recipe.text())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    there = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        [*command, "-m", "graftwork", "tune", str(file)], capture_output=True, text=True, timeout=300
+        [*COMMAND.split(), str(file)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PATH": there},
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_the_page_gives_the_command_of_these_tests() -> None:
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    assert f"\n{COMMAND} recipe.yaml " in page.read_text(encoding="utf-8")
 
 
 def losses(output: Path) -> list[float]:

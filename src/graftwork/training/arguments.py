@@ -76,5 +76,5 @@ def _refuse_impossible(training: Training, processes: int) -> None:
     if training.sharding == "fsdp2" and processes == 1:
         raise BadRecipe(
             "training.sharding: fsdp2 needs several processes: "
-            "`torchrun --nproc-per-node 2 -m graftwork tune ...` or `accelerate launch`"
+            "`torchrun --standalone --nproc-per-node 2 -m graftwork tune ...`"
         )
