@@ -52,6 +52,8 @@ def cases() -> dict[str, Technique]:
         "shira": gw.SHiRA(rank=2),
         "fourierft": gw.FourierFT(count=20),
         "randlora": gw.RandLoRA(rank=12, alpha=24),
+        "fact": gw.FacT(rank=3, alpha=2.0),
+        "fact-tucker": gw.FacT(rank=3, alpha=2.0, decomposition="tucker"),
         "adalora": gw.AdaLoRA(total_steps=10, rank=3, target_rank=2),
         "oft": gw.OFT(block=4),
         "oft-series": gw.OFT(block=8, terms=5, one_block=True),
