@@ -37,6 +37,8 @@ def cases() -> dict[str, Technique]:
         "ia3": gw.IA3(),
         "prompt-tuning": gw.PromptTuning(length=4),
         "p-tuning": gw.PTuning(length=4),
+        "vpt": gw.VPT(length=4),
+        "vpt-deep": gw.VPT(length=4, deep=True, dropout=0.0),
         "prefix-tuning": gw.PrefixTuning(length=4, hidden=None),
         "prefix-tuning-mlp": gw.PrefixTuning(length=4, hidden=8),
         "bitfit": gw.BitFit(),
@@ -48,6 +50,8 @@ def cases() -> dict[str, Technique]:
         "lokr": gw.LoKr(rank=2),
         "lokr-whole": gw.LoKr(rank=8, workspaces=("all-linear|conv",)),
         "vera": gw.VeRA(rank=6),
+        "mixture-of-lora": gw.MixtureOfLoRA(experts=3, rank=2, alpha=4),
+        "mixture-of-lora, top two": gw.MixtureOfLoRA(experts=3, rank=2, alpha=4, top_k=2),
         "miss": gw.MiSS(rank=5),
         "shira": gw.SHiRA(rank=2),
         "fourierft": gw.FourierFT(count=20),
@@ -70,6 +74,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("adalink-prompt", "resnet"): "none of the",
     ("p-tuning", "resnet"): "no sequence of positions",
     ("prompt-tuning", "resnet"): "no sequence of positions",
+    ("vpt", "resnet"): "no sequence of positions",
+    ("vpt-deep", "resnet"): "no sequence of positions",
     **{
         (name, host): "no attention"
         for name in ("prefix-tuning", "prefix-tuning-mlp")

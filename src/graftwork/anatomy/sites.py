@@ -188,12 +188,13 @@ def _sequence(run: Run) -> Iterator[Site]:
     whole = run.stack.sequence == "stack"
     tables = [s.measure for s in run.around if s.workspace == "embedding" and s.measure]
     width = tables[0].channels_out if whole and tables else layers[0].channels_in
+    patch = tables[0].width_in if tables and tables[0].kernel else 0
     yield replace(
         layers[0], workspace="embedding", kind=Kind.STACK, module=run.stack.path, layer=None,
         entry=None if whole else run.layers[0].path,
-        width_in=width, width_out=width, channels_in=width, channels_out=width,
+        width_in=width, width_out=width, channels_in=width, channels_out=width, patch=patch,
     )  # fmt: skip
-    yield from layers
+    yield from (replace(layer, patch=patch) for layer in layers)
 
 
 def _keyed(sites: list[Site]) -> list[Site]:

@@ -51,7 +51,7 @@ class AtLayer:
         kwargs: dict[str, Any],
     ) -> Any:
         frame = seat.state.slots
-        if frame is None and seat.running(Port.SEQUENCE):
+        if frame is None and _expected(seat):
             raise StateError(
                 f"{seat.path} was called outside its stack {self.stack.path!r}, so a prompt has no slots"
             )
@@ -78,6 +78,12 @@ class AtLayer:
         seat.touch(Port.SEQUENCE)
         deep = slots.deep(seat, hidden)
         return hidden if deep is None else _overwrite(hidden, slots, *deep)
+
+
+def _expected(seat: Seat) -> bool:
+    """Whether a prompt that some row of this batch has is to be written here."""
+    route = seat.state.route
+    return any(route is None or route.uses(name) for name, _ in seat.running(Port.SEQUENCE))
 
 
 def _overwrite(hidden: Tensor, slots: Slots, values: Tensor, which: Tensor) -> Tensor:
