@@ -10,6 +10,7 @@ import typer
 from graftwork.cli import (
     anatomy,
     bench,
+    compose,
     convert,
     cost,
     demo,
@@ -39,6 +40,7 @@ app.command("cost")(cost.cost)
 app.command("anatomy")(anatomy.anatomy)
 app.command("techniques")(techniques.show)
 app.command("merge")(merge.merge)
+app.command("compose", context_settings=compose.MINUS_FIRST)(compose.compose)
 app.command("convert")(convert.convert)
 app.command("pretrain")(pretrain.pretrain)
 app.command("demo")(demo.demo)
