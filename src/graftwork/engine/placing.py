@@ -196,11 +196,11 @@ def _host_tensor(host: nn.Module, name: str) -> Tensor:
 
 
 def embedding_matrix(model: nn.Module, site: Site) -> Callable[[], Tensor] | None:
-    """Access to the embedding table in front of a stack as (channels, vocabulary), None without one."""
+    """Access to the rows that a stack's embedding answers with, as (channels, vocabulary), None without a table."""
     if site.kind is not Kind.STACK:
         return None
     stack: Any = model.get_submodule(site.module)
     table: Any = stack.get_input_embeddings() if hasattr(stack, "get_input_embeddings") else None
     if table is None or getattr(table, "weight", None) is None or table.weight.dim() != 2:
         return None
-    return lambda: table.weight.detach().float().mT
+    return lambda: table.weight.detach().float().mT * float(getattr(table, "embed_scale", 1.0))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from enum import Enum, EnumMeta
 from types import NoneType, UnionType
@@ -181,6 +181,10 @@ class Technique:
         None where a file alone does not tell it.
         """
         return None
+
+    def tokenized(self, encode: Callable[[str], Sequence[int]]) -> Technique:
+        """The technique with the texts among its options made into token ids, where it has any."""
+        return self
 
     def width_read(self, site: Site) -> int:
         """Channels a hidden-port module reads: the signal it changes, or the site's input when parallel."""

@@ -1,13 +1,18 @@
 """Prompt tuning: trained positions in front of the input (Lester et al. 2021, arXiv:2104.08691).
 
 The embedded sequence X becomes [prompt ; X]. The prompt starts as normal noise of the embedding table's
-spread (std 0.02 where the stack has no table), or as rows of that table drawn at random
-(`init="vocabulary"`). It is not the identity: attaching changes the outputs.
+spread (std 0.02 where the stack has no table), as rows of that table drawn at random (`init="vocabulary"`), or
+as those of a text (`init="text"`), repeated or cut to the length. It is not the identity: attaching changes the
+outputs.
+
+A text is made into ids by the tokenizer of the base: a recipe does it with its own, elsewhere
+`PromptTuning(init="text", text="...").tokenized(tokenizer.encode)` does, or `ids` are given.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -29,7 +34,9 @@ class PromptTuning(Technique):
 
     Args:
         length: number of positions.
-        init: "normal" or "vocabulary" (rows of the embedding table).
+        init: "normal", "vocabulary" (rows of the embedding table) or "text".
+        text: what the prompt starts as.
+        ids: its tokens.
         front: before a leading summary position (CLS) too, where it usually stays first.
     """
 
@@ -51,17 +58,32 @@ class PromptTuning(Technique):
     )
 
     length: Annotated[int, AtLeast(1)] = 20
-    init: Literal["normal", "vocabulary"] = "normal"
+    init: Literal["normal", "vocabulary", "text"] = "normal"
+    text: str = ""
+    ids: tuple[int, ...] = ()
     front: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = bool(self.text or self.ids)
+        if given != (self.init == "text"):
+            need = "needs `text` (or its `ids`)" if not given else "starts from no text; use init='text'"
+            raise BadOption(f"{self.name}: init={self.init!r} {need}")
+
+    def tokenized(self, encode: Callable[[str], Sequence[int]]) -> PromptTuning:
+        return self if self.ids or not self.text else replace(self, ids=tuple(encode(self.text)))
 
     def build(self, site: Site) -> nn.Module:
         module = Prompt(self.length, site.width)
         module.front = self.front
-        if site.matrix is None and self.init == "vocabulary":
+        if site.matrix is None and self.init != "normal":
             raise BadOption(f"{self.name}: {site.key} has no vocabulary to draw from; use init='normal'")
         if site.matrix is not None and not module.prompt.is_meta:
-            module.start(site.matrix(), self.init)
+            start(module.prompt, site.matrix(), self)
         return module
+
+    def stored(self) -> PromptTuning:
+        return replace(self, init="normal", text="", ids=())
 
 
 class Prompt(PromptModule):
@@ -70,14 +92,34 @@ class Prompt(PromptModule):
         self.prompt = nn.Parameter(torch.empty(length, width))
         nn.init.normal_(self.prompt, std=0.02)
 
-    @torch.no_grad()
-    def start(self, table: Tensor, init: str) -> None:
-        """Take the spread, or rows, of an embedding table (C, vocabulary)."""
-        if init == "normal":
-            self.prompt.normal_(std=table.std().item())
-        else:
-            drawn = torch.randint(table.shape[1], (len(self.prompt),), device=table.device)
-            self.prompt.copy_(table[:, drawn].mT)
-
     def forward(self) -> Tensor:
         return self.prompt
+
+
+@torch.no_grad()
+def start(prompt: Tensor, table: Tensor, chosen: PromptTuning) -> None:
+    """Give a prompt (N, C) the spread, or rows, of an embedding table (C, vocabulary)."""
+    if chosen.init == "normal":
+        prompt.normal_(std=table.std().item())
+        return
+    count = table.shape[1]
+    if chosen.init == "vocabulary":
+        ids = torch.randint(count, (len(prompt),), device=table.device)
+    else:
+        ids = torch.tensor(_repeated(chosen, count), device=table.device)
+    prompt.copy_(table[:, ids].mT)
+
+
+def _repeated(chosen: PromptTuning, count: int) -> list[int]:
+    """The text's ids, one for each position."""
+    if not chosen.ids:
+        raise BadOption(
+            f"{chosen.name}: text={chosen.text!r} has no ids yet. Make them with the base's tokenizer, "
+            "technique.tokenized(tokenizer.encode), before attach"
+        )
+    strange = [one for one in chosen.ids if not 0 <= one < count]
+    if strange:
+        raise BadOption(
+            f"{chosen.name}: id {strange[0]} is not in the vocabulary of {count}; use its tokenizer"
+        )
+    return [chosen.ids[i % len(chosen.ids)] for i in range(chosen.length)]

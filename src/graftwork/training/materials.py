@@ -11,6 +11,7 @@ from torch import nn
 from graftwork.data.rows import Splits
 from graftwork.data.splits import draw, read_splits
 from graftwork.data.tables import Layout
+from graftwork.errors import BadRecipe
 from graftwork.models.base import load_base
 from graftwork.tasks.base import Encoded, Task
 from graftwork.tasks.registry import make_task
@@ -34,6 +35,12 @@ class Materials:
     model: nn.Module
     preprocessor: Any
     splits: dict[str, Encoded]
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a text that a technique starts from."""
+        if self.task.preprocessor != "text":
+            raise BadRecipe(f"technique: {text!r} cannot be made into tokens, {self.task.name} reads no text")
+        return list(self.preprocessor(text, add_special_tokens=False)["input_ids"])
 
 
 def prepare(recipe: Recipe) -> Materials:

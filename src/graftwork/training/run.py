@@ -58,7 +58,7 @@ def tune(
     checkpoint = by_first(lambda: open_run(recipe, overwrite=overwrite))
     set_seed(recipe.training.seed)
     materials = prepare(recipe)
-    techniques = with_fresh(materials.model, recipe.techniques())
+    techniques = with_fresh(materials.model, [t.tokenized(materials.ids) for t in recipe.techniques()])
     flops = step_flops(materials, techniques, recipe.training.batch_size)
     adapter = attach(materials.model, techniques, name=NAME)
     if recipe.training.lean:
