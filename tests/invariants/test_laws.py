@@ -36,6 +36,7 @@ def cases() -> dict[str, Technique]:
         "compacter": gw.Compacter(),
         "ia3": gw.IA3(),
         "prompt-tuning": gw.PromptTuning(length=4),
+        "prompt-pool": gw.PromptPool(size=2, length=2),
         "p-tuning": gw.PTuning(length=4),
         "vpt": gw.VPT(length=4),
         "vpt-deep": gw.VPT(length=4, deep=True, dropout=0.0),
@@ -74,6 +75,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("adalink-prompt", "resnet"): "none of the",
     ("p-tuning", "resnet"): "no sequence of positions",
     ("prompt-tuning", "resnet"): "no sequence of positions",
+    ("prompt-pool", "resnet"): "no sequence of positions",
     ("vpt", "resnet"): "no sequence of positions",
     ("vpt-deep", "resnet"): "no sequence of positions",
     **{

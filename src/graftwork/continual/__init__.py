@@ -7,6 +7,8 @@ result = run(scenario, TaskAdapters(model, gw.LoRA(rank=4)), Learning(epochs=5),
 from graftwork.continual.learning import Learning
 from graftwork.continual.method import Method
 from graftwork.continual.metrics import average_accuracy, backward_transfer, forgetting, incremental_accuracy
+from graftwork.continual.pool import AdapterPool, Pool
+from graftwork.continual.prompt_pool import PromptPool
 from graftwork.continual.run import Result, accuracy, run
 from graftwork.continual.samples import Samples
 from graftwork.continual.scenario import Scenario, Stage, by_classes, by_domains
@@ -14,8 +16,11 @@ from graftwork.continual.sequential import Sequential
 from graftwork.continual.task_adapters import TaskAdapters
 
 __all__ = [
+    "AdapterPool",
     "Learning",
     "Method",
+    "Pool",
+    "PromptPool",
     "Result",
     "Samples",
     "Scenario",
