@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graftwork import objectives as objectives
     from graftwork.adapters.convert import convert
     from graftwork.adapters.store import load, save
+    from graftwork.adapters.swapping import swap
     from graftwork.analysis.cost import cost
     from graftwork.anatomy.resolve import anatomy_of as anatomy
     from graftwork.composition.verbs import add, combine, compose, negate, scale
@@ -70,6 +71,7 @@ _HOMES = {
     "route": "graftwork.engine.verbs",
     "save": "graftwork.adapters.store",
     "scale": "graftwork.composition.verbs",
+    "swap": "graftwork.adapters.swapping",
     "techniques": "graftwork.reference.catalogue",
     "trainable": "graftwork.engine.verbs",
     "tune": "graftwork.training.run",

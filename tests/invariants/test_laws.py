@@ -38,6 +38,7 @@ def cases() -> dict[str, Technique]:
         "prompt-tuning": gw.PromptTuning(length=4),
         "prompt-pool": gw.PromptPool(size=2, length=2),
         "p-tuning": gw.PTuning(length=4),
+        "loreft": gw.LoReFT(rank=2, first=2, last=1, dropout=0.0),
         "vpt": gw.VPT(length=4),
         "vpt-deep": gw.VPT(length=4, deep=True, dropout=0.0),
         "prefix-tuning": gw.PrefixTuning(length=4, hidden=None),
@@ -71,11 +72,14 @@ def cases() -> dict[str, Technique]:
 REFUSED: dict[tuple[str, str], str] = {
     ("bitfit", "llama"): "none of the",
     ("bitfit", "t5"): "none of the",
+    ("mixture-of-lora", "resnet"): "has no workspace",
+    ("mixture-of-lora, top two", "resnet"): "has no workspace",
     ("parallel-adapter", "resnet"): "stride",
     ("adalink-prompt", "resnet"): "none of the",
     ("p-tuning", "resnet"): "no sequence of positions",
     ("prompt-tuning", "resnet"): "no sequence of positions",
     ("prompt-pool", "resnet"): "no sequence of positions",
+    ("loreft", "resnet"): "none of the",
     ("vpt", "resnet"): "no sequence of positions",
     ("vpt-deep", "resnet"): "no sequence of positions",
     **{

@@ -28,7 +28,7 @@ def snapshot(model: nn.Module, name: str) -> StoredAdapter:
     """An attached adapter as a file holds it. Raises UnknownName; StateError while merged; BadFile."""
     state = state_of(model)
     adapter = require(state, name)
-    _refuse_merged(model, "saving")
+    refuse_merged(model, "saving")
     owned: dict[Owner, Tensor] = {}
     written: set[int] = set()
     for place in adapter.placed:
@@ -58,14 +58,14 @@ def install(
         WrongBase: the file was made for another base. BadFile: its tensors do not fit.
         StateError: the model is merged, or has an adapter of that name.
     """
-    _refuse_merged(model, "loading")
+    refuse_merged(model, "loading")
     if not allow_other_base:
         check_base(model, stored.manifest.base, name)
     training = {id(p): p.requires_grad for adapter in adapters(model).values() for p in adapter.parameters()}
     trained = state_of(model).training if adapters(model) else ()
     with _all_or_nothing(model, name):
         adapter = _attached(model, stored, name)
-        adapter.load_tensors(_fitting(adapter, stored))
+        adapter.load_tensors(fitting(adapter, stored))
         for other in adapters(model).values():
             for parameter in other.parameters():
                 parameter.requires_grad_(training.get(id(parameter), to_train))
@@ -82,7 +82,12 @@ def _attached(model: nn.Module, stored: StoredAdapter, name: str) -> Adapter:
 
 def check_base(model: nn.Module, base: BaseIdentity, name: str) -> None:
     """Raise WrongBase with everything in which the model is not the adapter's base."""
-    found = differences(base, base_of(model))
+    check_identity(base_of(model), base, name)
+
+
+def check_identity(here: BaseIdentity, base: BaseIdentity, name: str) -> None:
+    """The same, for a model whose identity is known."""
+    found = differences(base, here)
     if found:
         raise WrongBase(
             f"adapter {name!r} was made for another base ({base.architecture}, fingerprint "
@@ -117,7 +122,7 @@ def _owner(place: Placed, own: str) -> Owner:
     return Owner(place.index, SHARED if common else place.site.key, own.removeprefix(f"{SHARED}."))
 
 
-def _fitting(adapter: Adapter, stored: StoredAdapter) -> dict[str, Tensor]:
+def fitting(adapter: Adapter, stored: StoredAdapter) -> dict[str, Tensor]:
     """The stored tensors under the names they have on this model, checked in both directions."""
     here: dict[Owner, tuple[str, Tensor]] = {}
     for place in adapter.placed:
@@ -150,7 +155,8 @@ def _readable(owned: dict[Owner, Tensor] | dict[Owner, tuple[str, Tensor]]) -> d
     return {f"{owner.key}.{owner.name} (technique {owner.technique})": owner for owner in owned}
 
 
-def _refuse_merged(model: nn.Module, what: str) -> None:
+def refuse_merged(model: nn.Module, what: str) -> None:
+    """StateError while an adapter is merged into the model."""
     seat = seat_of(model)
     merged = seat.state.merged if seat is not None and seat.root else ()
     if merged:
@@ -162,7 +168,7 @@ def _all_or_nothing(model: nn.Module, name: str) -> Iterator[None]:
     """Take the new adapter off again, and put every set back, when the block fails."""
     before = dict(adapters(model))
     state = state_of(model) if before else None
-    kept = (state.active, state.training, state.route, state.unreached, state.ungraded) if state else None
+    kept = (state.snapshot(), state.training, state.unreached, state.ungraded) if state else None
     training = {id(p): p.requires_grad for adapter in before.values() for p in adapter.parameters()}
     try:
         yield
@@ -170,7 +176,9 @@ def _all_or_nothing(model: nn.Module, name: str) -> Iterator[None]:
         if name not in before and name in adapters(model):
             detach(model, name)
         if state and kept:
-            state.active, state.training, state.route, state.unreached, state.ungraded = kept
+            (state.active, state.route, _, state.chosen), state.training, state.unreached, state.ungraded = (
+                kept
+            )
         for adapter in before.values():
             for parameter in adapter.parameters():
                 parameter.requires_grad_(training[id(parameter)])

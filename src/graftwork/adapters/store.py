@@ -68,8 +68,7 @@ def load(
     Raises:
         BadFile: corrupt, incomplete, unsafe or of another format. WrongBase: made for another base.
     """
-    found = locate(Path(path), name)
-    stored = _read(found, model)
+    stored = read(Path(path), model, name)
     wanted = check_file_name(name if name is not None else stored.manifest.name)
     return install(model, stored, wanted, to_train=trainable, allow_other_base=allow_other_base)
 
@@ -121,7 +120,9 @@ def _inside(folder: Path) -> list[Path]:
     return itself + [e for e in files if is_own(e)] + [e for e in entries if is_hf_peft(e)]
 
 
-def _read(found: Path, model: nn.Module) -> StoredAdapter:
+def read(path: Path, model: nn.Module, name: str | None = None) -> StoredAdapter:
+    """The adapter that `path` (and `name`, of several) means, in either format, in host memory."""
+    found = locate(path, name)
     if found.is_dir():
         return read_folder(
             found, model, as_adapter_name(found.resolve().name), base_of(model), task_of(model)

@@ -23,9 +23,27 @@ from graftwork.reference.site import Access
 
 def forward(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The swapped class's forward."""
+    if seat.root and seat.state.chosen is not None:
+        return _by_router(module, seat, base, args, kwargs)
     if seat.root:
         return checks.root_call(module, seat, _arranged, base, args, kwargs)
     return _arranged(module, seat, base, args, kwargs)
+
+
+def _by_router(
+    module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The model's forward with the route that its router decides for this call."""
+    state, chosen = seat.state, seat.state.chosen
+    assert chosen is not None
+    state.route, state.chosen = chosen.of_call(module, state, base, args, kwargs), None
+    state.changes += 1
+    state.ran_at = state.changes
+    try:
+        return checks.root_call(module, seat, _arranged, base, args, kwargs)
+    finally:
+        state.route, state.chosen = None, chosen
+        state.changes += 1  # nobody may recompute a part of this forward without its route
 
 
 def _arranged(

@@ -108,7 +108,7 @@ class Seat:
         here = self.ports.get(port)
         if not here:
             return ()
-        return tuple((name, here[name]) for name in self.state.running if name in here)
+        return tuple((name, here[name]) for name in self.state.serving if name in here)
 
     def put(self, port: Port, graft: Graft) -> None:
         """Add a graft (values are replaced, never mutated)."""

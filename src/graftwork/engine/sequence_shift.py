@@ -55,7 +55,7 @@ def shift_of(
 ) -> Shift | None:
     """The move that running prefixes ask for, None when none does."""
     state = seats[0].state
-    asked = {name: _asked(seats, name) for name in state.running}
+    asked = {name: _asked(seats, name) for name in state.serving}
     if not any(asked.values()):
         return None
     past = caches.length(cache)

@@ -150,7 +150,7 @@ def compose(
 ) -> Slots | None:
     """The slots that running prompts of a stack (and of its layers, deep) ask for; None when none runs."""
     state = seat.state
-    shares = [share for name in state.running if (share := _share(seat, layers, name)) is not None]
+    shares = [share for name in state.serving if (share := _share(seat, layers, name)) is not None]
     if not shares:
         return None
     route = state.rows

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from graftwork.engine.adapter import Adapter
+    from graftwork.engine.chosen import Chosen
 
 
 Routing = Route | Blend
@@ -47,6 +48,13 @@ class Snapshot(NamedTuple):
     active: tuple[str, ...]
     route: Routing | None
     slots: Any = None
+    chosen: Chosen | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that take part."""
+        decides = self.route or self.chosen
+        return self.active if decides is None else decides.names
 
 
 class State:
@@ -58,6 +66,7 @@ class State:
         training: names that a verb made trainable last; what is done to a tensor's `requires_grad` by hand
             is not here.
         route: which adapter serves which sample or token, or how they blend, or None.
+        chosen: the router that decides the route of each forward of the model, or None.
         slots: where the stack that is running has put extra positions, for its layers (sequence port), or
             None.
         merged: names folded into the base weights.
@@ -82,6 +91,7 @@ class State:
         self.active: tuple[str, ...] = ()
         self.training: tuple[str, ...] = ()
         self.route: Routing | None = None
+        self.chosen: Chosen | None = None
         self.slots: Any = None
         self.merged: tuple[str, ...] = ()
         self.before_merge: tuple[str, ...] = ()
@@ -110,6 +120,17 @@ class State:
     @property
     def running(self) -> tuple[str, ...]:
         """Names that take part in a forward: those of the route, else the active ones."""
+        decides = self.route or self.chosen
+        return self.active if decides is None else decides.names
+
+    @property
+    def serving(self) -> tuple[str, ...]:
+        """The same, within a forward."""
+        if self.chosen is not None:
+            raise RouteError(
+                "a router decides the route when the model itself is called, and a part of it was called alone; "
+                "call the model, or route by an index"
+            )
         return self.active if self.route is None else self.route.names
 
     @property
@@ -121,7 +142,7 @@ class State:
 
     def snapshot(self) -> Snapshot:
         """What runs now."""
-        return Snapshot(self.active, self.route, self.slots)
+        return Snapshot(self.active, self.route, self.slots, self.chosen)
 
     def choice(self) -> Snapshot:
         """What the present thread has chosen to run."""
@@ -156,11 +177,10 @@ class State:
                 self._install(before)
 
     def _install(self, choice: Snapshot) -> None:
-        self.active, self.route, self.slots = choice.active, choice.route, choice.slots
+        self.active, self.route, self.slots, self.chosen = choice
 
     def _check_present(self, choice: Snapshot | None) -> None:
-        names = () if choice is None else choice.active if choice.route is None else choice.route.names
-        for name in names:
+        for name in () if choice is None else choice.names:
             if name not in self.adapters or name in self.merged:
                 raise StateError(
                     f"{name!r} was detached or merged since this thread chose it; choose again (gw.active)"

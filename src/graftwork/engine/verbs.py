@@ -5,7 +5,8 @@ Each setting verb works as a statement, and as a context manager that restores e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from graftwork.engine.adapter import Adapter
 from graftwork.engine.attach import require, state_of
 from graftwork.engine.blend import Blend
+from graftwork.engine.chosen import Chosen, Router
 from graftwork.engine.route import Route
 from graftwork.engine.seat import seat_of
-from graftwork.engine.state import Routing, State
+from graftwork.engine.state import Routing, Snapshot, State
 from graftwork.errors import RouteError, StateError
 from graftwork.reference.properties import Port
 
@@ -49,7 +51,7 @@ def active(model: nn.Module, *names: str) -> Restore:
         if name in state.merged:
             raise StateError(f"{name!r} is merged into the base and would count twice; unmerge first")
     before = state.choice()
-    if before.route is not None:
+    if before.route is not None or before.chosen is not None:
         raise StateError(
             "a route is set and decides which adapters run; end it first (graftwork.route(model, None))"
         )
@@ -83,6 +85,7 @@ def route(
     index: Tensor | None = None,
     *,
     weights: Tensor | None = None,
+    by: Router | None = None,
 ) -> Restore:
     """Serve each sample or token of the next batches by its own adapter, or by a weighted sum of adapters.
 
@@ -91,25 +94,51 @@ def route(
         index: integer tensor (B,) or (B, T) with values in [-1, N), moved to the model's device; -1 is the bare base.
         weights: instead of an index, floating point (B, N), (B, T, N) or (B, T, L, N): each site answers
             y_0 + Σ_n w_n (y_n - y_0), with gradients to the weights. At the weight and the hidden port.
+        by: instead of either, a function of the model and its arguments by name that gives an index or weights; it
+            is asked in each forward of the model, with no adapter running.
     """
     state = state_of(model)
-    if (names is None) != (index is None and weights is None) or (index is not None and weights is not None):
-        raise RouteError("a route needs names and an index or weights; route(model, None) ends it")
-    new: Routing | None = None
+    given = [each for each in (index, weights, by) if each is not None]
+    if len(given) != (0 if names is None else 1):
+        raise RouteError(
+            "a route needs names and one of index, weights and by=router; route(model, None) ends it"
+        )
     for name in names or ():
         require(state, name)
         if name in state.merged:
             raise StateError(f"{name!r} is merged into the base and cannot be routed; unmerge first")
     parameter = next(model.parameters(), None)
     device = None if parameter is None or parameter.is_meta else parameter.device
+    route: Routing | None = None
     if names is not None and index is not None:
-        new = Route(names, index if device is None else index.to(device))
+        route = Route(names, index if device is None else index.to(device))
     elif names is not None and weights is not None:
         _refuse_unblendable(state, names)
-        new = Blend(names, weights if device is None else weights.to(device))
+        route = Blend(names, weights if device is None else weights.to(device))
+    chosen = None if names is None or by is None else Chosen(names, by)
     before = state.choice()
-    state.choose(before._replace(route=new))
-    return Restore(lambda: state.choose(state.choice()._replace(route=before.route)))
+    state.choose(before._replace(route=route, chosen=chosen))
+    return Restore(lambda: state.choose(state.choice()._replace(route=before.route, chosen=before.chosen)))
+
+
+@contextmanager
+def as_found(model: nn.Module) -> Iterator[None]:
+    """Attach and detach within, and leave what is active, routed and trainable as it was."""
+    before = adapters(model)
+    kept = (state_of(model).snapshot(), state_of(model).training) if before else (Snapshot((), None), ())
+    flags = {id(p): p.requires_grad for adapter in before.values() for p in adapter.parameters()}
+    try:
+        yield
+    finally:
+        if adapters(model):
+            state = state_of(model)
+            (active, route, _, chosen), training = kept
+            state.active = tuple(name for name in active if name in state.adapters)
+            state.training = tuple(name for name in training if name in state.adapters)
+            state.route, state.chosen, state.ungraded = route, chosen, state.ungraded and bool(training)
+            for adapter in state.adapters.values():
+                for parameter in adapter.parameters():
+                    parameter.requires_grad_(flags.get(id(parameter), False))
 
 
 def _refuse_unblendable(state: State, names: Sequence[str]) -> None:

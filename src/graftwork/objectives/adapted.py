@@ -14,9 +14,7 @@ from graftwork.errors import StateError
 def modules_of(model: nn.Module) -> tuple[nn.Module, ...]:
     """Every module of the adapters that run, inner ones too, each once."""
     state = state_of(model)
-    choice = state.choice()
-    names = choice.active if choice.route is None else choice.route.names
-    placed = [place for name in names for place in state.adapters[name].placed]
+    placed = [place for name in state.choice().names for place in state.adapters[name].placed]
     return tuple(dict.fromkeys(inner for place in placed for inner in place.graft.module.modules()))
 
 

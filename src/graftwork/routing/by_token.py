@@ -1,0 +1,38 @@
+"""Routing by what a token is: image or text, one language or another, told by its number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftwork.errors import RouteError
+
+
+class ByToken:
+    """The index (B, T) of a forward from its `input_ids`; cached decoding routes the new tokens alike.
+
+    Args:
+        groups: token number -> place of its adapter among the route's names (-1: the bare base).
+        other: place of every token that is not listed.
+        argument: which argument holds the token numbers.
+    """
+
+    def __init__(self, groups: Mapping[int, int], *, other: int = -1, argument: str = "input_ids") -> None:
+        self.groups = dict(groups)
+        self.other = other
+        self.argument = argument
+
+    def __call__(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+        ids = arguments.get(self.argument)
+        if not isinstance(ids, Tensor):
+            raise RouteError(
+                f"routing by token reads {self.argument!r}, and the model was called with {sorted(arguments)}; "
+                "pass it, or route by an index"
+            )
+        index = torch.full_like(ids, self.other)
+        for token, place in self.groups.items():
+            index = torch.where(ids == token, place, index)
+        return index
