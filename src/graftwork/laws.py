@@ -65,6 +65,15 @@ def stir(adapter: Adapter, size: float = 0.1, seed: int = 1) -> None:
         parameter.data.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
+def grafted(model: nn.Module, host: str, technique: Technique, **options: Any) -> Adapter:
+    """Attach; where the technique starts from data, with the host's own batch (its tokens as labels) to calibrate."""
+    if not technique.needs_data:
+        return gw.attach(model, technique, **options)
+    batch = tiny_batch(host)
+    labels = {"labels": batch["input_ids"]} if type(model).__name__.endswith("ForCausalLM") else {}
+    return gw.attach(model, technique, calibration=[{**batch, **labels}], **options)
+
+
 def close(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:
     """Assert that two outputs agree relative to their size."""
     scale = max(1.0, float(b.detach().abs().max()))
@@ -81,7 +90,7 @@ def attach_changes_nothing(host: str, technique: Technique) -> None:
     shape = [(type(m), sorted(m.__dict__), m.training) for m in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
     signature = inspect.signature(model.forward)
-    adapter = gw.attach(model, technique)
+    adapter = grafted(model, host, technique)
     keys = [key for key in model.state_dict() if ".grafts." not in f".{key}"]
     assert keys == list(state), "base keys changed"
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items()), (
@@ -109,7 +118,7 @@ def attach_changes_nothing(host: str, technique: Technique) -> None:
 def every_tensor_trains(host: str, technique: Technique) -> None:
     """The first backward reaches every trainable tensor, and nothing of the base."""
     model, batch = tiny(host), tiny_batch(host)
-    adapter = gw.attach(model, technique)
+    adapter = grafted(model, host, technique)
     stir(adapter, 0.01)
     answer(model, batch).square().mean().backward()
     for name, parameter in adapter.named_parameters():
@@ -124,7 +133,7 @@ def merge_is_forward(host: str, technique: Technique) -> None:
     """Merged equals unmerged where the card says linear; else merging says why not. Unmerge is bitwise."""
     model, batch = tiny(host), tiny_batch(host)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    adapter = gw.attach(model, technique)
+    adapter = grafted(model, host, technique)
     stir(adapter)
     attached = answer(model, batch)
     linear = all(card.linear for card in adapter.cards)
@@ -151,7 +160,7 @@ def merge_is_forward(host: str, technique: Technique) -> None:
 def less_itself_is_nothing(host: str, technique: Technique) -> None:
     """An adapter and its negative add up to the bare base, or the sum is refused with a reason; operands stay."""
     model, batch = tiny(host), tiny_batch(host)
-    adapter = gw.attach(model, technique, name="a", head=False)
+    adapter = grafted(model, host, technique, name="a", head=False)
     stir(adapter)
     before = {name: tensor.clone() for name, tensor in adapter.tensors().items()}
     with gw.active(model):
@@ -173,7 +182,7 @@ def less_itself_is_nothing(host: str, technique: Technique) -> None:
 def stacks_with_others(host: str, technique: Technique) -> None:
     """Active together with another adapter: both count, order is kept, either alone is what it was."""
     model, batch = tiny(host), tiny_batch(host)
-    one = gw.attach(model, technique, name="one")
+    one = grafted(model, host, technique, name="one")
     stir(one)
     first = answer(model, batch)
     two = gw.attach(model, gw.LoRA(rank=2), name="two")
@@ -196,7 +205,7 @@ def routed_is_one_by_one(host: str, technique: Technique) -> None:
     base = answer(model, batch)
     alone = []
     for number, name in enumerate(("a", "b")):
-        stir(gw.attach(model, technique, name=name), seed=number)
+        stir(grafted(model, host, technique, name=name), seed=number)
         alone.append(answer(model, batch))
     for rows in ([0, -1, 1], [1, 1, 0], [-1, -1, -1], [0, 0, 0]):
         with gw.route(model, ["a", "b"], torch.tensor(rows)):
@@ -209,7 +218,7 @@ def blended_is_routed(host: str, technique: Technique) -> None:
     """A blend with one weight 1 is a routed batch, with none the bare base; where it cannot be, it is refused."""
     model, batch = tiny(host), uncached(host)
     for number, name in enumerate(("a", "b")):
-        stir(gw.attach(model, technique, name=name), seed=number)
+        stir(grafted(model, host, technique, name=name), seed=number)
     rows = torch.tensor([0, -1, 1])
     with gw.route(model, ["a", "b"], rows):
         routed = answer(model, batch)
@@ -230,7 +239,7 @@ def blended_is_routed(host: str, technique: Technique) -> None:
 def routes_per_token(host: str, technique: Technique) -> None:
     """Per token, a technique that acts on tokens one by one equals masking; any other says that it cannot."""
     model, batch = tiny(host), uncached(host)
-    adapter = gw.attach(model, technique, name="a", head=False)
+    adapter = grafted(model, host, technique, name="a", head=False)
     stir(adapter)
     ids = batch.get("input_ids")
     if ids is None or "decoder_input_ids" in batch:
@@ -262,7 +271,7 @@ def routes_per_token(host: str, technique: Technique) -> None:
 def a_file_brings_it_back(host: str, technique: Technique) -> None:
     """Saved, loaded onto a fresh base: the same outputs, active and frozen."""
     model, batch = tiny(host), tiny_batch(host)
-    adapter = gw.attach(model, technique, name="fr")
+    adapter = grafted(model, host, technique, name="fr")
     stir(adapter)
     wanted = answer(model, batch)
     with tempfile.TemporaryDirectory() as folder:
@@ -279,7 +288,7 @@ def low_precision_keeps_its_precision(host: str, technique: Technique) -> None:
     batch = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in batch.items()}
     dtype = answer(model, batch).dtype
     bare = _copies_in_fp32(model, batch)
-    adapter = gw.attach(model, technique)
+    adapter = grafted(model, host, technique)
     assert all(p.dtype == torch.float32 for p in adapter.parameters()), "adapter tensors are not fp32"
     stir(adapter, 0.01)
     assert answer(model, batch).dtype == dtype, "the output left the host's precision"
@@ -310,7 +319,7 @@ def _copies_in_fp32(model: nn.Module, batch: dict[str, Tensor]) -> set[torch.Siz
 def copies_and_pickles(host: str, technique: Technique) -> None:
     """deepcopy and torch.save keep the adapter, and the copy's state is its own."""
     model, batch = tiny(host), tiny_batch(host)
-    stir(gw.attach(model, technique))
+    stir(grafted(model, host, technique))
     wanted = answer(model, batch)
     twin = copy.deepcopy(model)
     close(answer(twin, batch), wanted, 1e-7, "the copy differs")
@@ -340,7 +349,7 @@ def _routed_gradients(
     batch = tiny_batch(host)
     if not getattr(model, "supports_gradient_checkpointing", False):
         return None
-    adapter = gw.attach(model, technique, name="a")
+    adapter = grafted(model, host, technique, name="a")
     stir(adapter)
     model.train()
     for module in model.modules():

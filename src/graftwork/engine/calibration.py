@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graftwork.engine import channels
+from graftwork.engine.modules import planned
 from graftwork.engine.operations import operation_of
 from graftwork.engine.progress import watched
 from graftwork.engine.seat import stored_parameter
@@ -42,8 +43,8 @@ def with_statistics(
             a loss where gradients are asked for; a site that saw nothing, or values that are not finite.
     """
     needing = {technique.name for _, technique, _ in wanted if technique.needs_data}
-    planned = torch.empty(0).is_meta or any(site.device.type == "meta" for _, _, site in wanted)
-    if batches is None and (planned or not needing):
+    counting = planned() or any(site.device.type == "meta" for _, _, site in wanted)
+    if batches is None and (counting or not needing):
         return list(wanted)
     if batches is None:
         raise BadOption(f"{', '.join(needing)}: starts from calibration data: {_ADVICE}")

@@ -156,6 +156,12 @@ def activation(name: str) -> nn.Module:
     return {"relu": nn.ReLU(), "gelu": nn.GELU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}[name]
 
 
+def planned() -> bool:
+    """Whether modules are only being counted: what is made now has a shape and no values, and none may be read."""
+    made = torch.empty(0)
+    return made.is_meta or type(made) is not Tensor  # a FakeTensor
+
+
 def zeros(*shape: int) -> nn.Parameter:
     """A trainable tensor of zeros."""
     return nn.Parameter(torch.zeros(*shape))

@@ -12,11 +12,6 @@ from graftwork.reference.site import Site
 _SPARE, _ROUNDS = 32, 8
 
 
-def planned() -> bool:
-    """Whether modules are only being counted: what is made now is on the meta device, and no weight may be read."""
-    return torch.empty(0).is_meta
-
-
 def zeros(site: Site, rows: int, columns: int) -> Tensor:
     """Zeros (..., rows, columns)."""
     return torch.zeros(*site.batch, rows, columns)

@@ -29,9 +29,8 @@ def input_directions(site: Site, rank: int) -> InputDirections:
 
 def eva(site: Site, rank: int, scale: float) -> Start:
     """A: the first R principal directions of the inputs, B zero (Paischer et al. 2024, arXiv:2410.07170)."""
-    start = kaiming(site, rank, scale)
     if site.statistic is None:
-        return start
+        return kaiming(site, rank, scale)
     assert isinstance(site.statistic, InputDirections)
     found = site.statistic.directions
     assert found is not None
@@ -40,7 +39,7 @@ def eva(site: Site, rank: int, scale: float) -> Start:
             f"init='eva', rank={rank} at {site.key}: the calibration inputs vary along {len(found)} directions only. "
             "Give more or longer batches, or a lower rank"
         )
-    return Start(found[:rank].clone(), start.up)
+    return Start(found[:rank].clone(), matrices.zeros(site, site.width_out, rank))
 
 
 def weight_gradient(site: Site, rank: int) -> WeightGradient:
@@ -69,7 +68,7 @@ def lora_ga(site: Site, rank: int, scale: float) -> Start:
 
 def shared_out(sites: Sequence[Site], rank: int) -> Mapping[str, int]:
     """Ranks by site key: of all sites' directions those that explain most, `rank` a site on average (Paischer et al.
-    2024, section 3.2). Of equal ones the first."""
+    2024). Of equal ones the first."""
     shares = []
     for site in sites:
         assert isinstance(site.statistic, InputDirections)

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from graftwork.engine.modules import planned
 from graftwork.errors import BadOption
 from graftwork.initialisers import matrices
 from graftwork.initialisers.plain import given, kaiming
@@ -17,7 +18,7 @@ Truncation = Literal["paper", "published-code", "given"]
 
 def pissa(site: Site, rank: int, scale: float) -> Start:
     """The top singular triplets, halved between the factors: s B A = W_R (Meng et al. 2024, arXiv:2404.02948)."""
-    if matrices.planned():
+    if planned():
         return given(site, rank, scale)
     left, values, right = matrices.top_singular(weight_of(site, rank, "pissa"), rank)
     root = (values / scale).sqrt()
@@ -27,7 +28,7 @@ def pissa(site: Site, rank: int, scale: float) -> Start:
 
 def olora(site: Site, rank: int, scale: float) -> Start:
     """The first R columns of Q and rows of the triangle in W = Q T, over s (Büyükakyüz 2024, arXiv:2406.01775)."""
-    if matrices.planned():
+    if planned():
         return given(site, rank, scale)
     q, triangle = matrices.qr(weight_of(site, rank, "olora"), rank)
     return Start(triangle / scale, q, taken=(triangle, q))
@@ -48,7 +49,7 @@ def truncated(site: Site, rank: int, truncation: Truncation = "paper") -> Pair:
             f"rank={rank} at {site.key}, whose matrix is {site.width_out} x {site.width_in}: as many singular "
             f"components are cut as the rank, so at most {smaller - 1}"
         )
-    if truncation == "given" or matrices.planned():
+    if truncation == "given" or planned():
         return matrices.zeros(site, rank, site.width_in), matrices.zeros(site, site.width_out, rank)
     left, values, right = matrices.bottom_singular(weight_of(site, rank, "kasa"), rank)
     if truncation == "published-code":

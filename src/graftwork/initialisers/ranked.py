@@ -39,37 +39,39 @@ class Ranked(Initialised):
     Args:
         rho: with init="eva": at most how many times `rank` a matrix may get where the ranks are shared out anew, by how
             much of its inputs' variance each direction explains; 1 leaves them as they are.
-        ranks: site key -> rank, where it is not `rank`; 0 leaves the site out. Found by itself with "eva".
+        rank_by_site: site key -> rank, where it is not `rank`; 0 leaves the site out. Found by itself with "eva".
     """
 
     rho: Annotated[float, AtLeast(1)] = 2.0
-    ranks: Mapping[str, Annotated[int, AtLeast(0)]] | None = None
+    rank_by_site: Mapping[str, Annotated[int, AtLeast(0)]] | None = None
 
     def rank_at(self, site: Site) -> int:
         """The rank of one matrix."""
-        return (self.ranks or {}).get(site.key, self.rank)
+        return (self.rank_by_site or {}).get(site.key, self.rank)
 
     def omits(self, site: Site) -> bool:
         return self.rank_at(site) == 0
 
     def gathers(self, site: Site) -> Statistic | None:
         gathers = INITIALISERS[self.init].gathers
-        most = self.rank_at(site) if self.ranks is not None else round(self.rank * self.rho)
+        most = self.rank_at(site) if self.rank_by_site is not None else round(self.rank * self.rho)
         shares = INITIALISERS[self.init].shares is not None
         return None if gathers is None else gathers(site, most if shares else self.rank_at(site))
 
     def resolved(self, sites: Sequence[Site]) -> Technique:
         shares = INITIALISERS[self.init].shares
         if (
-            self.ranks is None
+            self.rank_by_site is None
             and shares is not None
             and self.rho > 1
             and all(site.statistic for site in sites)
         ):
-            return replace(self, ranks=shares(sites, self.rank) or None)
-        for key in self.ranks or ():
+            return replace(self, rank_by_site=shares(sites, self.rank) or None)
+        for key in self.rank_by_site or ():
             if key not in {site.key for site in sites}:
-                raise UnknownName(f"{self.name}: ranks names {key!r}. {nearest(key, [s.key for s in sites])}")
+                raise UnknownName(
+                    f"{self.name}: rank_by_site names {key!r}. {nearest(key, [s.key for s in sites])}"
+                )
         if all(self.omits(site) for site in sites):
-            raise BadOption(f"{self.name}: ranks leaves out every site that the workspaces select")
+            raise BadOption(f"{self.name}: rank_by_site leaves out every site that the workspaces select")
         return self

@@ -18,7 +18,7 @@ from graftwork.reference.statistic import Statistic
 @dataclass
 class InputDirections(Statistic):
     """The principal directions of the inputs, batch by batch: an incremental singular value decomposition that follows
-    the mean (Ross et al. 2008, "Incremental Learning for Robust Visual Tracking", section 2).
+    the mean (Ross et al. 2008, "Incremental Learning for Robust Visual Tracking").
 
     Attributes:
         count: K, how many directions are kept.

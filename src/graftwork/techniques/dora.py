@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graftwork.engine.below import Below
-from graftwork.engine.modules import WeightModule
+from graftwork.engine.modules import WeightModule, planned
 from graftwork.engine.rescaled import rescaled
-from graftwork.initialisers import INITIALISERS, matrices
+from graftwork.initialisers import INITIALISERS
 from graftwork.initialisers.start import register_taken
 from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
@@ -69,8 +69,8 @@ class Decomposed(WeightModule):
         start = INITIALISERS[technique.init].start(site, technique.rank_at(site), self.scale)
         self.down, self.up = nn.Parameter(start.down.contiguous()), nn.Parameter(start.up.contiguous())
         register_taken(self, start.taken)
-        planned = matrices.planned()
-        norms = torch.empty(site.shape[:-1]) if planned else _squares(self._direction(site.matrix())).sqrt()
+        empty = planned()
+        norms = torch.empty(site.shape[:-1]) if empty else _squares(self._direction(site.matrix())).sqrt()
         self.magnitude = nn.Parameter(norms.detach())
         self._known: tuple[tuple[int, int], Tensor] | None = None
 

@@ -12,9 +12,8 @@ can be switched, stacked and routed. What this costs is one product of width |S|
 
 from __future__ import annotations
 
-import zlib
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,13 @@ from graftwork.engine.below import Below
 from graftwork.engine.modules import DeltaModule
 from graftwork.engine.selected import selected_linear
 from graftwork.errors import BadOption
-from graftwork.initialisers import matrices
+from graftwork.initialisers.selection import READS, Keep, Selection, drawn, ranked
 from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
 from graftwork.reference.site import Kind, Site
+from graftwork.reference.statistic import Statistic
 from graftwork.reference.technique import AtLeast, Between, Technique
 
 
@@ -40,8 +40,9 @@ class S2FT(Technique):
     Args:
         share: part of each matrix's input units that train (at least one).
         unit: neighbouring channels that are chosen together; the width of a head chooses whole heads.
-        selection: "random", or "weight": by the norm of a unit's columns.
-        keep: with "weight", the units of "largest" or "smallest" norm.
+        selection: "random", or by a norm of each unit: of its columns of the "weight", of its "activation" over
+            calibration data, of both multiplied ("product"), of its columns of the "gradient" on such data.
+        keep: the units of "largest" or "smallest" norm; smallest activations did best in the paper.
         seed: of the random choice; each site draws its own.
     """
 
@@ -65,12 +66,22 @@ class S2FT(Technique):
 
     share: Annotated[float, Between(0, 1, closed=True)] = 0.03
     unit: Annotated[int, AtLeast(1)] = 1
-    selection: Literal["random", "weight"] = "random"
-    keep: Literal["largest", "smallest"] = "largest"
+    selection: Selection = "random"
+    keep: Keep = "largest"
     seed: Annotated[int, AtLeast(0)] = 0
 
     def fits(self, site: Site) -> bool:
         return site.weighted and site.kind in (Kind.LINEAR, Kind.CONVOLUTION) and not site.batch
+
+    @property
+    def needs_data(self) -> bool:
+        return self.selection in READS
+
+    def gathers(self, site: Site) -> Statistic | None:
+        return READS[self.selection]() if self.needs_data else None
+
+    def stored(self) -> Technique:
+        return replace(self, selection="random") if self.needs_data else self
 
     def build(self, site: Site) -> nn.Module:
         if site.width_in % self.unit:
@@ -87,7 +98,11 @@ class Columns(DeltaModule):
         super().__init__()
         units = site.width_in // technique.unit
         count = max(1, round(technique.share * units))
-        first = _chosen(site, technique, units, count).sort().values * technique.unit
+        if technique.selection == "random":
+            chosen = drawn(site, units, count, technique.seed)
+        else:
+            chosen = ranked(site, units, count, technique.selection, technique.keep)
+        first = chosen.sort().values * technique.unit
         index = (first.unsqueeze(1) + torch.arange(technique.unit, device=first.device)).flatten()
         self.register_buffer("index", index)
         self.width = site.width_in
@@ -104,15 +119,3 @@ class Columns(DeltaModule):
         if not below.bare:
             return below.plus(x, self.added(x))
         return selected_linear(x, below.matrix(), below.bias, self.index, self.block)
-
-
-def _chosen(site: Site, technique: S2FT, units: int, count: int) -> Tensor:
-    """Numbers of the units that train."""
-    if matrices.planned():
-        return torch.zeros(count, dtype=torch.int64)
-    if technique.selection == "random":
-        generator = torch.Generator().manual_seed(technique.seed + zlib.crc32(site.key.encode()))
-        return torch.randperm(units, generator=generator)[:count].to(site.device)
-    assert site.matrix is not None
-    norms = site.matrix().unflatten(-1, (units, technique.unit)).square().sum((0, 2))
-    return norms.topk(count, largest=technique.keep == "largest").indices
