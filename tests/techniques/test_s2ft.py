@@ -148,3 +148,92 @@ def test_toy_block_step() -> None:
 def test_units_must_divide_the_width() -> None:
     with pytest.raises(BadOption, match="does not divide the 12 inputs"):
         on(torch.ones(5, 12), unit=5)
+
+
+class Scored(nn.Module):
+    """A linear layer with a loss."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+        self.layer.weight.data = weight.clone()
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return (self.layer(x) - labels).square().sum()
+
+
+@pytest.mark.parametrize("keep", ["largest", "smallest"])
+@pytest.mark.parametrize("unit", [1, 3])
+@pytest.mark.parametrize("selection", ["weight", "activation", "product", "gradient"])
+def test_selection_is_by_the_norm_of_each_unit(selection: str, unit: int, keep: str) -> None:
+    torch.manual_seed(1)
+    weight, x, y = (torch.randn(shape, dtype=torch.float64) for shape in ((5, 12), (20, 12), (20, 5)))
+    x = x * torch.rand(12, dtype=torch.float64)
+    gradient = 2 * (x @ weight.T - y).T @ x
+    squares = {
+        "weight": weight.square().sum(0).view(-1, unit).sum(1),
+        "activation": x.square().sum(0).view(-1, unit).sum(1),
+        "gradient": gradient.square().sum(0).view(-1, unit).sum(1),
+    }
+    squares["product"] = squares["weight"] * squares["activation"]
+    batches = [{"x": a, "labels": b} for a, b in zip(x.split(7), y.split(7), strict=True)]
+    technique = gw.S2FT(share=0.25, unit=unit, selection=selection, keep=keep, workspaces=("linear",))
+    adapter = gw.attach(Scored(weight), technique, calibration=batches if technique.needs_data else None)
+    found = next(iter(adapter.modules.values())).index
+    count = round(0.25 * 12 / unit)
+    wanted = squares[selection].topk(count, largest=keep == "largest").indices.sort().values * unit
+    assert torch.equal(found[::unit], wanted)
+
+
+def permuted(model: nn.Module, order: Tensor) -> nn.Module:
+    """The feed-forward channels of every layer in another order: rows of gate and up, columns of down."""
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj"):
+            getattr(layer.mlp, name).weight.data = getattr(layer.mlp, name).weight.data[order].clone()
+        layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data[:, order].clone()
+    return model
+
+
+def test_1_gathering_by_index_is_co_permuting() -> None:
+    """The paper's form, chosen channels side by side at the front, answers and learns as the gathered one."""
+    batch, where = tiny_batch("llama"), ("feedforward.down",)
+    plain, moved = tiny("llama"), tiny("llama")
+    ours = gw.attach(plain, gw.S2FT(share=0.25, workspaces=where))
+    channels = next(iter(ours.modules.values())).width
+    chosen = next(iter(ours.modules.values())).index
+    for module in ours.modules.values():
+        module.index.copy_(chosen)
+    order = torch.cat([chosen, torch.tensor([c for c in range(channels) if c not in chosen])])
+    before = answer(tiny("llama"), batch)
+    torch.testing.assert_close(answer(permuted(moved, order), batch), before, rtol=1e-5, atol=1e-5)
+    theirs = gw.attach(moved, gw.S2FT(share=0.25, workspaces=where))
+    for module in theirs.modules.values():
+        module.index.copy_(torch.arange(len(chosen)))
+    for adapter, model in ((ours, plain), (theirs, moved)):
+        stir(adapter)
+        answer(model, batch).square().mean().backward()
+    torch.testing.assert_close(answer(plain, batch), answer(moved, batch), rtol=1e-4, atol=1e-4)
+    for one, two in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_1_permuting_one_side_alone_changes_the_output() -> None:
+    model, batch = tiny("llama"), tiny_batch("llama")
+    before, order = answer(model, batch), torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data[:, order].clone()
+    assert not torch.allclose(answer(model, batch), before, rtol=1e-2, atol=1e-2)
+
+
+def test_9_the_trained_model_needs_no_inverse_permutation() -> None:
+    """Merged, it is the base but for the chosen columns, in the base's own order."""
+    model, batch = tiny("llama"), tiny_batch("llama")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    adapter = gw.attach(model, gw.S2FT(share=0.25, workspaces=("feedforward.down",)))
+    stir(adapter)
+    wanted, chosen = answer(model, batch), {p.site.module: p.graft.module.index for p in adapter.placed}
+    gw.merge(model)
+    torch.testing.assert_close(answer(model, batch), wanted, rtol=1e-5, atol=1e-5)
+    for key, value in state.items():
+        changed = (model.state_dict()[key] != value).reshape(-1, value.shape[-1]).any(0).nonzero().flatten()
+        assert torch.equal(changed, chosen.get(key.removesuffix(".weight"), changed[:0]))
