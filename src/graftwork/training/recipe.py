@@ -161,6 +161,7 @@ class Training(Section):
         patience: evaluations without improvement after which the run stops.
         keep: which state becomes the adapter, that of the best evaluation or the last.
         order: of the samples, "random", or "length": random batches of like length, which pad less.
+        calibration_batches: how many batches of training samples a technique starts from that starts from data.
         sharding: "fsdp2" shards the model over the processes; "none" copies it to each (DDP).
     """
 
@@ -184,6 +185,7 @@ class Training(Section):
     patience: Annotated[int, Field(ge=1)] | None = None
     keep: Literal["best", "last"] = "best"
     order: Literal["random", "length"] = "random"
+    calibration_batches: Annotated[int, Field(ge=1)] = 8
     sharding: Literal["none", "fsdp2"] = "none"
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from graftwork.objectives.total import Objectives
 from graftwork.reference.technique import Technique
 from graftwork.training import checkpoints
 from graftwork.training.arguments import training_arguments
+from graftwork.training.calibration import calibration
 from graftwork.training.curves import draw
 from graftwork.training.folder import RunFolder, open_run
 from graftwork.training.fresh import with_fresh
@@ -60,7 +61,8 @@ def tune(
     materials = prepare(recipe)
     techniques = with_fresh(materials.model, [t.tokenized(materials.ids) for t in recipe.techniques()])
     flops = step_flops(materials, techniques, recipe.training.batch_size)
-    adapter = attach(materials.model, techniques, name=NAME)
+    batches = calibration(materials, techniques, recipe.training)
+    adapter = attach(materials.model, techniques, name=NAME, calibration=batches)
     if recipe.training.lean:
         make_lean(materials.model, loss=not any(term.reads_logits for term in recipe.terms()))
     return _Run(recipe, folder, materials, adapter, flops, watch).go(checkpoint)
