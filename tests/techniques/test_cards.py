@@ -155,7 +155,7 @@ def test_variants_of_the_bottleneck_are_cards() -> None:
         ("bottleneck-adapter", {"width": 0}, "must be at least 1"),
         ("bottleneck-adapter", {"scale": 4.0}, "needs integration='scaled addition'"),
         ("compacter", {"order": 0}, "order=0 must be at least 1"),
-        ("prompt-tuning", {"init": "text"}, "is not one of 'normal', 'vocabulary'"),
+        ("prompt-tuning", {"init": "words"}, "is not one of 'normal', 'vocabulary'"),
         ("p-tuning", {"encoder": "gru"}, "is not one of 'mlp', 'lstm'"),
         ("prefix-tuning", {"hidden": 0}, "hidden=0 must be at least 1"),
         ("fine-tuning", {"rate": 0.0}, "must be above 0"),
@@ -208,6 +208,10 @@ def anything(hint: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(inner)
     if get_origin(hint) is Mapping:
         return st.dictionaries(st.sampled_from(["0/attention.query", "head"]), anything(inner[1]))
+    if hint is str:
+        return st.text()
+    if hint == tuple[int, ...]:
+        return st.lists(st.integers(0, 99))
     if get_origin(hint) is UnionType:
         return st.none() | anything(inner[0])
     return st.booleans()

@@ -52,14 +52,15 @@ class Extent:
         return self._found[key]
 
     def _decodes(self, tokens: int) -> bool:
-        if isinstance(self.past, int) and self.past == 0:
-            return False
-        if tokens > 1 and int(self.past) > 0:
+        if torch.compiler.is_compiling() and isinstance(self.past, Tensor):  # on the device: not looked at
+            return tokens == 1
+        past = int(self.past)
+        if past and tokens > 1:
             raise StateError(
-                f"{self.where}: {tokens} positions follow {int(self.past)} in a cache; whether they belong to "
-                "the prompt, where a module with a span acts, is not known. Give the prompt in one call"
+                f"{self.where}: {tokens} positions follow {past} in a cache; whether they belong to the prompt, "
+                "where a module with a span acts, is not known. Give the prompt in one call"
             )
-        return int(self.past) > 0 if not torch.compiler.is_compiling() else tokens == 1
+        return past > 0
 
     def _mask(self, span: Span, route: object, name: str, layout: Layout | None, y: Tensor) -> Tensor:
         own = y.shape[1] - (0 if layout is None else layout.length)

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from graftwork.engine.modules import PromptModule
 from graftwork.errors import BadOption
+from graftwork.initialisers.rows import prompt_rows
 from graftwork.reference.card import Card, Insertions
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -63,63 +63,23 @@ class PromptTuning(Technique):
     ids: tuple[int, ...] = ()
     front: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        given = bool(self.text or self.ids)
-        if given != (self.init == "text"):
-            need = "needs `text` (or its `ids`)" if not given else "starts from no text; use init='text'"
-            raise BadOption(f"{self.name}: init={self.init!r} {need}")
-
     def tokenized(self, encode: Callable[[str], Sequence[int]]) -> PromptTuning:
         return self if self.ids or not self.text else replace(self, ids=tuple(encode(self.text)))
 
     def build(self, site: Site) -> nn.Module:
-        module = Prompt(self.length, site.width)
-        module.front = self.front
-        if site.matrix is None and self.init != "normal":
-            raise BadOption(f"{self.name}: {site.key} has no vocabulary to draw from; use init='normal'")
-        if site.matrix is not None and not module.prompt.is_meta:
-            start(module.prompt, site.matrix(), self)
-        return module
+        if (self.init == "text") != bool(self.text or self.ids):
+            raise BadOption(f"{self.name}: init='text' and `text` (or `ids`) belong together")
+        return Prompt(prompt_rows(site, self.length, self.init, self.ids), self.front)
 
     def stored(self) -> PromptTuning:
         return replace(self, init="normal", text="", ids=())
 
 
 class Prompt(PromptModule):
-    def __init__(self, length: int, width: int) -> None:
+    def __init__(self, rows: Tensor, front: bool) -> None:
         super().__init__()
-        self.prompt = nn.Parameter(torch.empty(length, width))
-        nn.init.normal_(self.prompt, std=0.02)
+        self.prompt = nn.Parameter(rows)
+        self.front = front
 
     def forward(self) -> Tensor:
         return self.prompt
-
-
-@torch.no_grad()
-def start(prompt: Tensor, table: Tensor, chosen: PromptTuning) -> None:
-    """Give a prompt (N, C) the spread, or rows, of an embedding table (C, vocabulary)."""
-    if chosen.init == "normal":
-        prompt.normal_(std=table.std().item())
-        return
-    count = table.shape[1]
-    if chosen.init == "vocabulary":
-        ids = torch.randint(count, (len(prompt),), device=table.device)
-    else:
-        ids = torch.tensor(_repeated(chosen, count), device=table.device)
-    prompt.copy_(table[:, ids].mT)
-
-
-def _repeated(chosen: PromptTuning, count: int) -> list[int]:
-    """The text's ids, one for each position."""
-    if not chosen.ids:
-        raise BadOption(
-            f"{chosen.name}: text={chosen.text!r} has no ids yet. Make them with the base's tokenizer, "
-            "technique.tokenized(tokenizer.encode), before attach"
-        )
-    strange = [one for one in chosen.ids if not 0 <= one < count]
-    if strange:
-        raise BadOption(
-            f"{chosen.name}: id {strange[0]} is not in the vocabulary of {count}; use its tokenizer"
-        )
-    return [chosen.ids[i % len(chosen.ids)] for i in range(chosen.length)]
