@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graftwork.anatomy.resolve import head_sites, select_sites
 from graftwork.anatomy.walk import walk
@@ -16,6 +16,7 @@ from graftwork.engine import attention, offloaded, placing, recompute, sequence
 from graftwork.engine.adapter import Adapter, Placed, prefixes
 from graftwork.engine.calibration import with_statistics
 from graftwork.engine.modules import HiddenModule, PrefixModule, PromptModule, WeightModule
+from graftwork.engine.originals import Originals
 from graftwork.engine.seat import SEAT, Graft, seat_of, stored_parameter
 from graftwork.engine.state import State
 from graftwork.engine.swap import check_leavable, leave_seat, no_inference, take_seat
@@ -56,6 +57,7 @@ def attach(
     head: Literal["auto"] | bool = "auto",
     verify: bool = True,
     calibration: Iterable[Mapping[str, Any]] | None = None,
+    originals: nn.Module | Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """Graft a technique (or several, as one adapter) onto a model; the base is frozen, its keys stay.
 
@@ -72,23 +74,30 @@ def attach(
         calibration: batches, each a mapping of the model's own arguments, for techniques that start from data. They
             run through the bare model in eval mode, once each; with labels where gradients are read. All processes
             of a run must be given the same.
+        originals: the model as it was before quantisation, or its state dict, for techniques that start from what
+            was lost.
 
     Returns:
         The adapter, with its sites, modules and tensors.
 
     Raises:
         NothingMatches: a workspace selects no module. PortUnavailable: the model cannot host the technique.
-        BadOption: calibration data that are missing, not needed, or do not reach a site.
+        BadOption: calibration data that are missing, not needed, or do not reach a site; originals likewise.
         CardConflict: an override the port cannot honour. StateError: the model is wrapped, merged or attached
             elsewhere.
     """
     techniques = (technique,) if isinstance(technique, Technique) else tuple(technique)
     state = _state_for(model, name)
-    wanted = [(i, t, site) for i, t in enumerate(techniques) for site in _sites(model, t)]
+    before = None if originals is None else Originals(originals)
+    wanted = [(i, t, site) for i, t in enumerate(techniques) for site in _sites(model, t, before)]
     wanted = with_statistics(model, state, wanted, calibration)
     techniques, wanted = _resolved(techniques, wanted)
     techniques, wanted = _with_head(model, techniques, wanted, head)
     built = _build(model, techniques, wanted, name)
+    if before is not None and not before.used:
+        raise BadOption(
+            "originals= is given, but nothing starts from them: leave them out"
+        )
     adapter = Adapter(name, techniques, built, _size(model))
     _seat(model, state, adapter)
     state.verify = state.unreached = state.ungraded = verify
@@ -160,10 +169,10 @@ def _state_for(model: nn.Module, name: str) -> State:
     return state_of(model)
 
 
-def _sites(model: nn.Module, technique: Technique) -> list[Site]:
+def _sites(model: nn.Module, technique: Technique, before: Originals | None) -> list[Site]:
     card = technique.card
     found = select_sites(model, card.workspaces, technique.layers, port=card.port)
-    sites = [site for site in (_with_host(model, site) for site in found) if technique.fits(site)]
+    sites = [site for site in (_with_host(model, site, before) for site in found) if technique.fits(site)]
     if not sites:
         raise NothingMatches(
             f"{technique.name}: none of the {len(found)} sites at {', '.join(card.workspaces)} fits "
@@ -209,13 +218,16 @@ def _check(model: nn.Module, technique: Technique, site: Site) -> None:
         sequence.check(model, site)
 
 
-def _with_host(model: nn.Module, site: Site) -> Site:
-    """The site with access to the host's weight and bias, for techniques that start from them."""
+def _with_host(model: nn.Module, site: Site, before: Originals | None = None) -> Site:
+    """The site with access to the host's weight and bias, now and before, for techniques that start from them."""
     offloaded.refuse_whole(model, site.module)
     site = replace(site, device=offloaded.device_of(model, site.module, site.device))
     if site.kind not in (Kind.LINEAR, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.PARAMETER):
         return replace(site, matrix=placing.embedding_matrix(model, site))
-    return replace(site, matrix=placing.matrix(model, site), bias=placing.bias(model, site))
+    original = None if before is None else before.reader(site)
+    return replace(
+        site, matrix=placing.matrix(model, site), bias=placing.bias(model, site), original=original
+    )
 
 
 def _resolved(
@@ -260,7 +272,7 @@ def _build(
     placed = []
     for (index, technique, site), prefix in zip(wanted, names, strict=True):
         module = _module(technique, site, shared[index])
-        lean = replace(site, matrix=None, bias=None, statistic=None)
+        lean = replace(site, matrix=None, bias=None, original=None, statistic=None)
         graft = Graft(name, technique.name, lean, technique.card, module)
         placed.append(Placed(index, lean, technique.card.port, graft, prefix))
     _tie(model, techniques, placed)

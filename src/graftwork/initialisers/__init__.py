@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from graftwork.initialisers.of_data import eva, input_directions, lora_ga, shared_out, weight_gradient
+from graftwork.initialisers.of_error import loftq
 from graftwork.initialisers.of_weight import kasa, olora, pissa
 from graftwork.initialisers.plain import gaussian, given, kaiming
 from graftwork.initialisers.start import Initialiser
@@ -24,5 +25,6 @@ INITIALISERS: Mapping[str, Initialiser] = {
     "kasa": Initialiser(kasa, stored="given", identity=False),
     "eva": Initialiser(eva, stored="kaiming", gathers=input_directions, shares=shared_out),
     "lora-ga": Initialiser(lora_ga, stored="given", gathers=weight_gradient),
+    "loftq": Initialiser(loftq, stored="kaiming", identity=False),
     "given": Initialiser(given, stored="given"),
 }

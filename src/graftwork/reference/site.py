@@ -76,6 +76,7 @@ class Site:
             read it. At a STACK the embedding table as (channels, vocabulary), None where the stack has none.
             Raises on the meta device.
         bias: returns the host bias in fp32, (width_out,); None where `has_bias` is false.
+        original: returns the weight as it was before quantisation, shaped as `shape` says, where it was given.
         statistic: what calibration data gave for this site, where the technique asked for something.
     """
 
@@ -109,6 +110,7 @@ class Site:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     matrix: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
     bias: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
+    original: Callable[[], Tensor] | None = field(default=None, compare=False, repr=False)
     statistic: Statistic | None = field(default=None, compare=False, repr=False)
 
     @property

@@ -28,7 +28,7 @@ from graftwork.reference.properties import Adaptation, Input, Insertion, Integra
 from graftwork.reference.site import Kind, Site
 from graftwork.reference.technique import Above, Between
 
-Init = Literal["kaiming", "gaussian", "pissa", "olora", "kasa", "eva", "lora-ga", "given"]
+Init = Literal["kaiming", "gaussian", "pissa", "olora", "kasa", "eva", "lora-ga", "loftq", "given"]
 
 
 @register
