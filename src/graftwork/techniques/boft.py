@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
+from graftwork.engine.blockwise import blockwise
 from graftwork.engine.modules import WeightModule, zeros
-from graftwork.engine.recomputed import recomputed
 from graftwork.engine.rescaled import rescaled
 from graftwork.errors import BadOption
 from graftwork.reference.arithmetic import Arithmetic, Role
@@ -24,7 +24,7 @@ from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
 from graftwork.reference.site import Site
 from graftwork.reference.technique import AtLeast, Technique
-from graftwork.techniques.oft import cayley, check_divides, turned
+from graftwork.techniques.oft import cayley, check_divides
 
 if TYPE_CHECKING:
     from graftwork.engine.below import Below
@@ -89,7 +89,7 @@ class Butterfly(WeightModule):
 
     def answer(self, x: Tensor, below: Below) -> Tensor:
         factors = cayley(self.skew, self.block, self.terms)
-        return rescaled(below(recomputed(butterfly, x, factors)), self.gain, below.bias)
+        return rescaled(below(butterfly(x, factors)), self.gain, below.bias)
 
 
 def butterfly(x: Tensor, factors: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def one_factor(x: Tensor, factors: Tensor, level: int) -> Tensor:
     """Gather half-blocks 2^level apart into blocks, multiply each by its matrix, put them back."""
     blocks = factors[..., level, :, :, :]
     if level == 0:
-        return turned(x, blocks)
+        return blockwise(x, blocks)
     apart = x.unflatten(-1, (-1, 2, 1 << level, blocks.shape[-1] // 2)).transpose(-3, -2)
-    inside = turned(apart.flatten(-4), blocks)
+    inside = blockwise(apart.flatten(-4), blocks)
     return inside.unflatten(-1, apart.shape[-4:]).transpose(-3, -2).flatten(-4)

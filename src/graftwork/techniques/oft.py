@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
+from graftwork.engine.blockwise import blockwise
 from graftwork.engine.modules import WeightModule, zeros
 from graftwork.engine.recomputed import recomputed
 from graftwork.errors import BadOption
@@ -80,16 +81,10 @@ class Rotation(WeightModule):
         return blocks.expand(*blocks.shape[:-3], self.count, -1, -1)
 
     def effective(self, weight: Tensor, base: Tensor) -> Tensor:
-        return recomputed(turned, weight, self.blocks().mT.unsqueeze(-4)).to(weight.dtype)
+        return recomputed(blockwise, weight, self.blocks().mT.unsqueeze(-4)).to(weight.dtype)
 
     def answer(self, x: Tensor, below: Below) -> Tensor:
-        return below(recomputed(turned, x, self.blocks()))
-
-
-def turned(x: Tensor, blocks: Tensor) -> Tensor:
-    """Each block of channels of x (..., I) multiplied by its matrix: diag(blocks) x."""
-    parts = x.unflatten(-1, blocks.shape[-3:-1])
-    return torch.einsum("...nc,...nbc->...nb", parts, blocks.to(x.dtype)).flatten(-2)
+        return below(blockwise(x, self.blocks()))
 
 
 def cayley(upper: Tensor, size: int, terms: int | None = None) -> Tensor:
