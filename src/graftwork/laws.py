@@ -69,7 +69,8 @@ def grafted(model: nn.Module, host: str, technique: Technique, **options: Any) -
     """Attach; where the technique starts from data, with the host's own batch (its tokens as labels) to calibrate."""
     if not technique.needs_data:
         return gw.attach(model, technique, **options)
-    batch = tiny_batch(host)
+    dtype = next(model.parameters()).dtype
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_batch(host).items()}
     labels = {"labels": batch["input_ids"]} if type(model).__name__.endswith("ForCausalLM") else {}
     return gw.attach(model, technique, calibration=[{**batch, **labels}], **options)
 
