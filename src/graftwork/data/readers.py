@@ -85,7 +85,7 @@ def _read_file(path: Path, split: str | None, wanted: Sequence[str] | None, layo
         case ".jsonl":
             return read_json_lines(path, wanted)
         case ".json":
-            return read_json(path, wanted)
+            return read_json(path, wanted, layout.images)
         case ".parquet":
             return read_parquet(path, wanted)
         case ".txt":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graftwork.data.coco import coco_rows, is_coco
 from graftwork.data.rows import Rows
 from graftwork.errors import BadData, nearest
 
@@ -25,12 +26,14 @@ class Layout:
         delimiter: between fields; None means comma for csv and tab for tsv.
         quoted: fields may be quoted; None means yes for csv, no for tsv, where a quote is a plain character.
         paragraphs: in a plain text file a row is a block between blank lines, not a line.
+        images: folder of the image files that COCO annotations name, from the annotations' own folder.
     """
 
     header: bool = True
     delimiter: str | None = None
     quoted: bool | None = None
     paragraphs: bool = False
+    images: str | None = None
 
 
 def text_of(path: Path) -> str:
@@ -108,9 +111,11 @@ def read_json_lines(path: Path, wanted: Iterable[str] | None) -> Rows:
     return _objects(path, records, wanted)
 
 
-def read_json(path: Path, wanted: Iterable[str] | None) -> Rows:
-    """One JSON array of objects."""
+def read_json(path: Path, wanted: Iterable[str] | None, images: str | None = None) -> Rows:
+    """One JSON array of objects, or captions in COCO's format."""
     content = _parsed(text_of(path), str(path))
+    if is_coco(content):
+        return coco_rows(content, path, images)
     if not isinstance(content, list) or not content:
         raise BadData(f"{path}: expected a JSON array of objects, one per row")
     return _objects(path, [(f"item {n}", item) for n, item in enumerate(content)], wanted)

@@ -58,6 +58,11 @@ def merge(model: nn.Module, *names: str, tie: str = "refuse") -> MergeReport:
         raise BadOption(f"tie={tie!r} is not one of 'refuse', 'split'")
     if state.merged:
         raise StateError(f"{', '.join(state.merged)} is merged already; unmerge first")
+    if state.route is not None or state.chosen is not None:
+        raise StateError(
+            "a route gives each sample or token its own adapter, which one base cannot hold; end the route first "
+            "(graftwork.route(model, None)), then name what to merge"
+        )
     chosen = names or state.active
     if not chosen:
         raise StateError("no adapter is active; name those to merge")

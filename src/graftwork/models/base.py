@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from graftwork.errors import BadOption, NothingMatches, UnknownName, nearest
 from graftwork.models.hosts import HOSTS
 from graftwork.models.pretraining import cached
+from graftwork.models.readers import ImageText
 from graftwork.tasks.registry import task_class
 
 MINILM = "minilm"
@@ -97,6 +98,8 @@ def locate(name: str, *, pretrain: bool = False) -> str:
 
 def load_preprocessor(folder: str, task: str | None = None) -> Any:
     """The tokenizer, or the image processor for image tasks and folders that have no tokenizer."""
+    if task is not None and task_class(task).preprocessor == "image-text":
+        return ImageText.load(folder)
     image = task is not None and task_class(task).preprocessor == "image"
     only_image = (Path(folder) / "preprocessor_config.json").is_file() and not _has_tokenizer(Path(folder))
     if image or (task is None and only_image):

@@ -72,7 +72,7 @@ class Task:
         best_metric: the metric that selects the best checkpoint, and `greater_is_better` its direction.
         problem_type: value of `config.problem_type` for heads that read one.
         generates: evaluation needs `generate`: predictions are token ids, not logits.
-        preprocessor: "text" (a tokenizer) or "image" (an image processor).
+        preprocessor: "text" (a tokenizer), "image" (an image processor) or "image-text" (both, `ImageText`).
     """
 
     name: ClassVar[str] = "task"

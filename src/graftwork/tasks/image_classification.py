@@ -39,7 +39,7 @@ class ImageClassification(Task):
     def _encode(self, rows: Rows, preprocessor: Any, training: bool) -> Encoded:
         numbers = label_numbers(rows["label"], self.labels, rows.origin)
         items = [{"image": image, "labels": n} for image, n in zip(rows["image"], numbers, strict=True)]
-        _check(rows["image"], rows.origin)
+        check_images(rows["image"], rows.origin)
         return Images(items, preprocessor)
 
     def collator(self, preprocessor: Any) -> Collator:
@@ -97,7 +97,7 @@ def _bytes(values: np.ndarray) -> np.ndarray:
     )
 
 
-def _check(images: Sequence[Any], origin: str) -> None:
+def check_images(images: Sequence[Any], origin: str) -> None:
     """BadData for the first file that is no image, before training starts; reads headers only."""
     from PIL import Image
 

@@ -119,6 +119,7 @@ class FileLayout(Section):
     delimiter: str | None = None
     quoted: bool | None = None
     paragraphs: bool = False
+    images: str | None = None
 
 
 class Data(Section):
