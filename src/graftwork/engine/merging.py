@@ -1,28 +1,24 @@
 """Merge: fold adapters into the base weights, computed in fp32 whatever the storage type; unmerge puts every bit back.
 
-A weight module is folded by its own definition, f(W). A linear hidden module is known by its answers to the rows of
-the weight: integrating them is the forward pass asked at the basis vectors.
-
-    I, O input and output channels
+Weights are written one module after another; an error on the way puts back those that are written already.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from graftwork.engine import channels, weight
 from graftwork.engine.attach import require, state_of
-from graftwork.engine.hidden import integrate
-from graftwork.engine.operations import Operation, operation_of
-from graftwork.engine.seat import Graft, seat_of, stored_parameter
+from graftwork.engine.folding import folded, parameter_of, thin
+from graftwork.engine.operations import operation_of
+from graftwork.engine.seat import Graft
 from graftwork.engine.state import State
 from graftwork.errors import BadOption, NotMergeable, StateError
 from graftwork.reference.properties import Insertion, Port
-from graftwork.reference.site import Kind, Side
+from graftwork.reference.site import Kind
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,10 @@ class MergeReport:
 
 
 Key = tuple[str, str]
+Modules = Mapping[str, nn.Module]
+Originals = dict[Key, tuple[Tensor, Tensor | None]]
+_TINY = torch.finfo(torch.float64).tiny
+_CHUNK = 1 << 17  # values whose rounding is measured at a time, while they are still in a processor's cache
 
 
 @torch.no_grad()
@@ -67,14 +67,22 @@ def merge(model: nn.Module, *names: str, tie: str = "refuse") -> MergeReport:
     if not chosen:
         raise StateError("no adapter is active; name those to merge")
     grafts = _grafts_by_module(state, chosen)
-    for here in grafts.values():
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, here in grafts.items():
+        _refuse_packed(modules[path], path)
         for graft in here:
             _refuse_unmergeable(graft)
-    split = _tied(model, grafts, tie)
-    folded = {
-        key: value for path, here in grafts.items() for key, value in _fold_module(model, path, here).items()
-    }
-    return _store(model, state, chosen, folded, split)
+    folding = _Folding(modules, _tied(modules, grafts, tie))
+    try:
+        for path, here in grafts.items():
+            folding.fold(path, here)
+        report = folding.report()
+    except BaseException:
+        _put_back(modules, folding.originals)
+        raise
+    state.originals, state.merged, state.before_merge = folding.originals, tuple(chosen), state.active
+    state.active = tuple(name for name in state.active if name not in chosen)
+    return report
 
 
 @torch.no_grad()
@@ -83,13 +91,17 @@ def unmerge(model: nn.Module) -> None:
     state = state_of(model)
     if not state.merged:
         raise StateError("nothing is merged into this model")
-    for (path, name), (original, shared) in state.originals.items():
-        module = model.get_submodule(path)
+    _put_back(dict(model.named_modules(remove_duplicate=False)), state.originals)
+    state.originals, state.merged, state.active = {}, (), state.before_merge
+
+
+def _put_back(modules: Modules, originals: Originals) -> None:
+    for (path, name), (original, shared) in originals.items():
+        module = modules[path]
         if shared is not None:
             module._parameters[name] = shared  # type: ignore[assignment]
         else:
-            _parameter(module, name).data.copy_(original)
-    state.originals, state.merged, state.active = {}, (), state.before_merge
+            parameter_of(module, name).data.copy_(original)
 
 
 def _grafts_by_module(state: State, names: tuple[str, ...]) -> dict[str, list[Graft]]:
@@ -132,209 +144,154 @@ def _of_rows(graft: Graft) -> bool:
     return behind and whole and graft.card.token_wise and graft.site.kind is Kind.EMBEDDING
 
 
-def _tied(model: nn.Module, grafts: dict[str, list[Graft]], tie: str) -> set[int]:
+def _tied(modules: Modules, grafts: dict[str, list[Graft]], tie: str) -> set[int]:
     """Weights that modules outside the merge share: refused, or the set of those to split off."""
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    owners: dict[int, list[Key]] = {}
+    for path, module in modules.items():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(_values_of(parameter), []).append(f"{path}.{name}")
+                owners.setdefault(_values_of(parameter), []).append((path, name))
     split: set[int] = set()
     for path, here in grafts.items():
         for graft in here:
-            parameter = model.get_submodule(path)._parameters.get(graft.site.parameter)
-            if parameter is None:
-                continue
-            own = f"{path}.{graft.site.parameter}"
-            strangers = [
-                o for o in owners[_values_of(parameter)] if o != own and not _follows(model, grafts, o, graft)
-            ]
+            parameter = modules[path]._parameters.get(graft.site.parameter)
+            sharing = () if parameter is None else owners[_values_of(parameter)]
+            own = path, graft.site.parameter
+            strangers = [o for o in sharing if o != own and not _follows(modules, grafts, o[0], graft)]
             if strangers and tie == "refuse":
                 raise NotMergeable(
-                    f"{own} is the same tensor as {', '.join(strangers)}; merging would change both. "
-                    "Use tie='split' to give it a tensor of its own; save_pretrained then writes a configuration "
-                    "without the tie"
+                    f"{'.'.join(own)} is the same tensor as {', '.join(map('.'.join, strangers))}; merging would "
+                    "change both. Use tie='split' to give it a tensor of its own; save_pretrained then writes a "
+                    "configuration without the tie"
                 )
-            if strangers:
+            if strangers and parameter is not None:
                 split.add(_values_of(parameter))
     return split
 
 
-def _follows(model: nn.Module, grafts: dict[str, list[Graft]], owner: str, graft: Graft) -> bool:
+def _follows(modules: Modules, grafts: dict[str, list[Graft]], path: str, graft: Graft) -> bool:
     """Whether another owner of a tensor is the same module, or is changed by one and the same adapter tensor."""
-    path = owner.rpartition(".")[0]
-    if model.get_submodule(path) is model.get_submodule(graft.site.module):
+    if modules[path] is modules[graft.site.module]:
         return True
     mine = {id(parameter) for parameter in graft.module.parameters()}
     return any(mine & {id(p) for p in other.module.parameters()} for other in grafts.get(path, ()))
 
 
-def _fold_module(model: nn.Module, path: str, grafts: list[Graft]) -> dict[Key, Tensor]:
-    """Merged values of one module's parameters, in compute precision and storage layout."""
-    module = model.get_submodule(path)
-    operation = operation_of(type(module))
-    if operation.packed(module):
+def _refuse_packed(module: nn.Module, path: str) -> None:
+    if operation_of(type(module)).packed(module):
         raise NotMergeable(
             f"{path} is stored quantised; merging would requantise what was trained. Load the base in 16 or 32 bit "
             "(graftwork.load onto it) and merge there"
         )
-    out: dict[Key, Tensor] = {}
-    inputs = [g for g in grafts if g.card.port is Port.HIDDEN and g.site.side is Side.INPUT]
-    outputs = [g for g in grafts if g.card.port is Port.HIDDEN and g.site.side is Side.OUTPUT]
-    weights = [g for g in grafts if g.card.port is Port.WEIGHT]
-    for name in dict.fromkeys(g.site.parameter for g in grafts):
-        matrix = operation.matrix(module, _computed(_parameter(module, name)))
-        mine = [g for g in weights if g.site.parameter == name and weight.changes_weight(g)]
-        out[path, name] = weight.fold(matrix, mine)
-    bias = module._parameters.get("bias")
-    start = None if bias is None else _computed(bias)
-    changed = (
-        None
-        if start is None
-        else weight.fold(start, [g for g in weights if weight.changes_bias(g)], bias=True)
-    )
-    if inputs or outputs:
-        name = grafts[0].site.parameter
-        out[path, name], changed = _fold_hidden(module, path, out[path, name], changed, inputs, outputs)
-    values = {key: _native(operation, module, key, value) for key, value in out.items()}
-    if changed is not None:
-        values[path, "bias"] = changed
-    return {
-        key: value
-        for key, value in values.items()
-        if not torch.equal(value, _computed(_parameter(module, key[1])))
-    }
 
 
-def _native(operation: Operation, module: nn.Module, key: Key, matrix: Tensor) -> Tensor:
-    stored = _parameter(module, key[1])
-    return operation.native(matrix, torch.empty_like(stored, dtype=matrix.dtype))
+class _Folding:
+    """A merge under way.
 
+    Attributes:
+        originals: what was there before.
+    """
 
-def _fold_hidden(
-    module: nn.Module,
-    path: str,
-    matrix: Tensor,
-    bias: Tensor | None,
-    inputs: list[Graft],
-    outputs: list[Graft],
-) -> tuple[Tensor, Tensor | None]:
-    """(W', b') of x -> f_out(W f_in(x) + b) for affine f: W' = A_out W A_in, the offsets go to the bias."""
-    offset = torch.zeros(
-        matrix.shape[-2] if matrix.dim() > 1 else matrix.shape[0], dtype=matrix.dtype, device=matrix.device
-    )
-    offset = offset if bias is None else bias
-    for graft in inputs:
-        basis = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        zero = _ask(graft, basis.new_zeros(1, basis.shape[1]), None)
-        offset = offset + (matrix @ zero.squeeze(0))
-        matrix = matrix @ (_ask(graft, basis, None) - zero).mT
-    for graft in outputs:
-        matrix, offset = _fold_output(graft, module, path, matrix, offset)
-    needs = bias is None and bool(offset.abs().max() > 0) if offset.numel() else False
-    if needs:
-        raise NotMergeable(
-            f"{path} has no bias to take the shift of {', '.join(g.adapter for g in [*inputs, *outputs])}; "
-            "serve it attached"
+    def __init__(self, modules: Modules, split: set[int]) -> None:
+        self.originals: Originals = {}
+        self._modules, self._split = modules, split
+        self._written: dict[int, list[Tensor]] = {}
+        self._squares: dict[Key, Tensor] = {}
+
+    def fold(self, path: str, grafts: list[Graft]) -> None:
+        """Write a module's merged values."""
+        module = self._modules[path]
+        pair = thin(module, grafts)
+        if pair is not None and _values_of(parameter_of(module, pair[0])) not in self._split:
+            self._add((path, pair[0]), *pair[1:])
+            return
+        for name, value in folded(module, path, grafts).items():
+            if _values_of(parameter_of(module, name)) in self._split:
+                self._replace((path, name), value)
+            elif (before := self._keep((path, name))) is not None:
+                self._squares[path, name] = _write(value, parameter_of(module, name).data, before)
+
+    def report(self) -> MergeReport:
+        """What was done; NotMergeable where a value is not finite."""
+        found = torch.stack([squares.double().cpu() for squares in self._squares.values()] or [torch.ones(2)])
+        for key, finite in zip(self._squares, found.isfinite().all(-1).tolist(), strict=False):
+            if not finite and not self._stored(key).isfinite().all():
+                raise NotMergeable(
+                    f"merging makes {'.'.join(key)} infinite or not a number; nothing was changed"
+                )
+        lost, change = found.nan_to_num().unbind(-1)
+        return MergeReport(
+            int((change > 0).sum()) if self._squares else 0,
+            float((lost / change.clamp(min=_TINY)).max().sqrt()),
         )
-    return matrix, None if bias is None else offset
+
+    def _stored(self, key: Key) -> Tensor:
+        return parameter_of(self._modules[key[0]], key[1])
+
+    def _keep(self, key: Key) -> Tensor | None:
+        """A copy of what is there; None where it was written before: one adapter tensor changes tied weights."""
+        stored = self._stored(key)
+        if _values_of(stored) in self._written:
+            return None
+        self._written[_values_of(stored)] = [stored]
+        self.originals[key] = stored.detach().clone(), None
+        return self.originals[key][0]
+
+    def _add(self, key: Key, down: Tensor, up: Tensor) -> None:
+        """Add up @ down (O, R) (R, I) in place, rows by rows where the sum must be rounded."""
+        if (before := self._keep(key)) is None:
+            return
+        module, stored = self._modules[key[0]], self._stored(key).data
+        operation = operation_of(type(module))
+        now = operation.matrix(module, stored)
+        change = ((up.mT @ up) * (down @ down.mT)).sum()  # the squared norm of up @ down
+        if stored.dtype == up.dtype:
+            now.addmm_(up, down)
+            self._squares[key] = torch.stack((change * 0, change))  # not a number where the change is none
+            return
+        lost, old = [], operation.matrix(module, before)
+        rows = _rows(now)
+        for new, part, factor in zip(now.split(rows), old.split(rows), up.split(rows), strict=True):
+            exact = part.to(up.dtype).addmm_(factor, down)
+            new.copy_(exact)
+            lost.append(torch.linalg.vector_norm(exact.sub_(new.to(up.dtype))).square())
+        self._squares[key] = torch.stack((torch.stack(lost).sum(), change))
+
+    def _replace(self, key: Key, value: Tensor) -> None:
+        """Give a module a tensor of its own; those with equal values stay tied."""
+        old = self._stored(key)
+        new = nn.Parameter(torch.empty_like(old), requires_grad=old.requires_grad)
+        self._squares[key] = _write(value, new.data, old.detach())
+        alike = self._written.setdefault(_values_of(old), [])
+        found = next((other for other in alike if torch.equal(other, new)), None)
+        if found is None:
+            alike.append(found := new)
+        self.originals[key] = old, old
+        self._modules[key[0]]._parameters[key[1]] = found  # type: ignore[assignment]
 
 
-def _fold_output(
-    graft: Graft, module: nn.Module, path: str, matrix: Tensor, offset: Tensor
-) -> tuple[Tensor, Tensor]:
-    if matrix.dim() == 1:  # a norm's gain: exact for integrations that act channel by channel
-        if not _channelwise(graft):
-            raise NotMergeable(f"{path}: {graft.technique} mixes channels behind a norm; serve it attached")
-        zero = _ask(graft, torch.zeros_like(matrix), None)
-        return _ask(graft, matrix, None) - zero, _ask(graft, offset, None)
-    rows = matrix.mT
-    basis = torch.eye(rows.shape[0], dtype=rows.dtype, device=rows.device) if _reads_input(graft) else None
-    at_zero = None if basis is None else torch.zeros_like(basis[:1])
-    if graft.site.kind is Kind.EMBEDDING:
-        scale = float(
-            getattr(module, "embed_scale", 1.0)
-        )  # of the rows as the host answers them (Gemma, BART)
-        return (_ask(graft, rows * scale, basis) / scale).mT, offset
-    zero = _ask(graft, torch.zeros_like(rows[:1]), at_zero)
-    new_offset = _ask(graft, offset.unsqueeze(0), at_zero).squeeze(0)
-    return (_ask(graft, rows, basis) - zero).mT, new_offset
+def _write(exact: Tensor, stored: Tensor, before: Tensor) -> Tensor:
+    """Store a value; returns the squared norms of what rounding lost and of the change."""
+    if stored.dtype == exact.dtype:
+        return _nothing_lost(stored.copy_(exact))
+    squares, rows = [], _rows(exact)
+    parts = (torch.atleast_1d(tensor).split(rows) for tensor in (exact, stored, before))
+    for new, now, old in zip(*parts, strict=True):
+        now.copy_(new)
+        squares.append(torch.stack([torch.linalg.vector_norm(other - new) for other in (now, old)]))
+    return torch.stack(squares).square().sum(0)
 
 
-def _reads_input(graft: Graft) -> bool:
-    return graft.card.insertion is Insertion.PARALLEL
+def _nothing_lost(value: Tensor) -> Tensor:
+    """The squares of a value stored exactly: 0 and 1 while it is finite."""
+    return torch.stack((value.sum() * 0, value.new_ones(())))
 
 
-def _channelwise(graft: Graft) -> bool:
-    probe = graft.module(torch.zeros(1, graft.site.channels_out, device=graft.site.device))
-    return isinstance(probe, tuple) or graft.card.integration.value == "rescaling"
-
-
-def _ask(graft: Graft, y: Tensor, x: Tensor | None) -> Tensor:
-    """The site's answer when the host answers y (..., O) to x."""
-    own = graft.site.channels
-    part = y if own is None else channels.take(y, own, -1)
-    was = graft.module.training
-    graft.module.eval()
-    try:
-        answer = integrate(graft.card, part, graft.module(part if x is None else x))
-    finally:
-        graft.module.train(was)
-    return answer if own is None else channels.put(y, answer, own, -1)
-
-
-def _store(
-    model: nn.Module, state: State, names: tuple[str, ...], folded: dict[Key, Tensor], split: set[int]
-) -> MergeReport:
-    for key, value in folded.items():
-        if not bool(torch.isfinite(value).all()):
-            raise NotMergeable(f"merging makes {'.'.join(key)} infinite or not a number; nothing was changed")
-    originals: dict[Key, Any] = {}
-    rounding = 0.0
-    replaced: dict[int, nn.Parameter | None] = {}
-    for (path, name), value in folded.items():
-        module = model.get_submodule(path)
-        parameter = _parameter(module, name)
-        before = parameter.detach().clone()
-        apart = _values_of(parameter) in split
-        if id(parameter) not in replaced:
-            new = (
-                nn.Parameter(value.to(parameter.dtype), requires_grad=parameter.requires_grad)
-                if apart
-                else None
-            )
-            replaced[id(parameter)] = new
-        elif not apart:  # tied weights that one adapter tensor changes together are written once
-            continue
-        originals[path, name] = (before, parameter if apart else None)
-        if apart:
-            module._parameters[name] = replaced[id(parameter)]
-        else:
-            parameter.data.copy_(value)
-        rounding = max(rounding, _rounding(value, _parameter(module, name), before))
-    state.originals, state.merged, state.before_merge = originals, tuple(names), state.active
-    state.active = tuple(name for name in state.active if name not in names)
-    return MergeReport(len(folded), rounding)
-
-
-def _rounding(exact: Tensor, kept: Tensor, before: Tensor) -> float:
-    change = (exact - before.to(exact.dtype)).norm()
-    return float((kept.detach().to(exact.dtype) - exact).norm() / change) if change > 0 else 0.0
+def _rows(matrix: Tensor) -> int:
+    """How many rows are measured at a time."""
+    return max(1, _CHUNK * len(matrix) // max(1, matrix.numel())) if matrix.dim() else 1
 
 
 def _values_of(parameter: Tensor) -> int:
     """What two parameters have in common when writing to one changes the other: their memory, not their names."""
     return parameter.data_ptr() or id(parameter)
-
-
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    stored = stored_parameter(module, name)
-    if stored is None or seat_of(module) is None:
-        raise StateError(
-            f"{type(module).__name__} has no parameter {name!r} any more; detach and attach again"
-        )
-    return stored
-
-
-def _computed(stored: Tensor) -> Tensor:
-    return stored.detach().float() if stored.element_size() < 4 else stored.detach()

@@ -3,6 +3,7 @@ unasked."""
 
 import pytest
 import torch
+from torch import nn
 
 import graftwork as gw
 from graftwork.errors import NotMergeable, StateError
@@ -72,3 +73,36 @@ def test_an_infinite_merge_changes_nothing():
         gw.merge(model)
     state = model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in before.items() if "grafts" not in key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_pairs_are_added_as_the_dense_definition_says(init, dtype):
+    """Several thin adapters on one weight, one of them with a pair taken out of it, in rows of several chunks."""
+    model = nn.Sequential(nn.Linear(700, 600)).to(dtype)
+    bare = model[0].weight.detach().double()
+    first = grafted(model, gw.LoRA(rank=2, workspaces=("re:0",), init=init), "first")
+    second = grafted(model, gw.LoRA(rank=3, workspaces=("re:0",)), "second", seed=4)
+    deltas = [next(iter(adapter.modules.values())).delta().detach().double() for adapter in (first, second)]
+    report = gw.merge(model, "first", "second")
+    exact = bare + sum(deltas)
+    assert report.weights == 1
+    kept = model[0].weight.detach().double()
+    torch.testing.assert_close(kept, exact, rtol=1e-5 if dtype == torch.float32 else 4e-3, atol=1e-6)
+    lost = float((kept - exact).norm() / sum(deltas).norm()) if dtype != torch.float32 else 0.0
+    assert report.rounding == pytest.approx(lost, rel=1e-2, abs=1e-12)
+    gw.unmerge(model)
+    assert torch.equal(model[0].weight.detach().double(), bare)
+
+
+def test_a_refusal_halfway_puts_back_what_is_written():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.randn(2, 4)
+    grafted(model, gw.SSF(workspaces=("re:0", "re:1")))
+    attached = model(x)
+    with pytest.raises(NotMergeable, match="no bias to take the shift"):
+        gw.merge(model)
+    assert torch.equal(model(x), attached)
+    gw.detach(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
