@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graftwork import composition as composition
+    from graftwork import continual as continual
     from graftwork import objectives as objectives
     from graftwork.adapters.convert import convert
     from graftwork.adapters.store import load, save
@@ -78,7 +79,7 @@ _HOMES = {
     "unmerge": "graftwork.engine.merging",
 }
 
-_FOLDERS = frozenset({"composition", "objectives"})
+_FOLDERS = frozenset({"composition", "continual", "objectives"})
 
 
 def _public(name: str) -> Any:

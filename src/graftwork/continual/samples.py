@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from torch import Tensor
 from graftwork.errors import BadData
 
 _MASK = "attention_mask"
+
+
+class Examples(Protocol):
+    """Examples by number, each a mapping from names to values."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,7 @@ class Samples:
             raise BadData("labels are class numbers from 0: an integer tensor of shape (n,)")
 
     @classmethod
-    def of(
-        cls, dataset: Sequence[Mapping[str, Any]], collator: Callable[[Any], Mapping[str, Tensor]]
-    ) -> Samples:
+    def of(cls, dataset: Examples, collator: Callable[[Any], Mapping[str, Tensor]]) -> Samples:
         """From encoded examples with `labels` and the collator of their task (graftwork.tasks)."""
         batch = dict(collator([dataset[n] for n in range(len(dataset))]))
         labels = batch.pop("labels")
