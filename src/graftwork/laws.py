@@ -28,7 +28,7 @@ from graftwork.errors import NotComposable, NotMergeable, RouteError
 from graftwork.reference.properties import Port
 from graftwork.reference.site import Access, Kind
 from graftwork.reference.technique import Technique
-from graftwork.testing import tiny, tiny_batch
+from graftwork.testing import grafted, tiny, tiny_batch
 
 Law = Callable[[str, Technique], None]
 ROWS = 3
@@ -63,16 +63,6 @@ def stir(adapter: Adapter, size: float = 0.1, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
         parameter.data.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter))
-
-
-def grafted(model: nn.Module, host: str, technique: Technique, **options: Any) -> Adapter:
-    """Attach; where the technique starts from data, with the host's own batch (its tokens as labels) to calibrate."""
-    if not technique.needs_data:
-        return gw.attach(model, technique, **options)
-    dtype = next(model.parameters()).dtype
-    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_batch(host).items()}
-    labels = {"labels": batch["input_ids"]} if type(model).__name__.endswith("ForCausalLM") else {}
-    return gw.attach(model, technique, calibration=[{**batch, **labels}], **options)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:

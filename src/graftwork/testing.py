@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftwork.engine.adapter import Adapter
+from graftwork.engine.attach import attach
 from graftwork.errors import UnknownName, nearest
+from graftwork.reference.technique import Technique
 
 VOCABULARY = 99
 IMAGE = 16  # pixels a side
@@ -275,6 +278,16 @@ def tiny_batch(
     if family.inputs == "both" and suffix == "ForConditionalGeneration":
         inputs["decoder_input_ids"] = _ids((batch, max(length - 2, 1)), generator)
     return inputs
+
+
+def grafted(model: nn.Module, name: str, technique: Technique, **options: Any) -> Adapter:
+    """Attach to `tiny(name)`, with its batch (tokens as labels) to calibrate where the technique starts from data."""
+    if not technique.needs_data:
+        return attach(model, technique, **options)
+    dtype = next(model.parameters()).dtype
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_batch(name).items()}
+    labels = {"labels": batch["input_ids"]} if type(model).__name__.endswith("ForCausalLM") else {}
+    return attach(model, technique, calibration=[{**batch, **labels}], **options)
 
 
 def _parse(name: str) -> tuple[Family, str]:

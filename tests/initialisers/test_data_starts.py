@@ -516,3 +516,10 @@ def test_ranks_of_sites_that_are_not_there() -> None:
         )
     with pytest.raises(BadOption, match="must be at least 0 at 'head'"):
         gw.LoRA(rank_by_site={"head": -1})
+
+
+def test_a_site_whose_every_position_is_left_out_is_named() -> None:
+    batch = tiny_batch("llama")
+    nothing = {**batch, "labels": torch.full_like(batch["input_ids"], -100)}
+    with pytest.raises(BadOption, match="every position is left out"):
+        gw.attach(tiny("llama"), gw.S2FT(selection="activation"), calibration=[nothing])

@@ -51,10 +51,14 @@ def with_statistics(
     if not needing:
         names = ", ".join(dict.fromkeys(technique.name for _, technique, _ in wanted))
         raise BadOption(f"calibration data are given, but {names} asks for none: leave out calibration=")
-    targets = [Target(site, technique.gathers(site)) for _, technique, site in wanted]
-    _Calibration(model, state, [t for t in targets if t.statistic is not None]).run(batches)
-    found = zip(wanted, targets, strict=True)
-    return [(i, technique, replace(site, statistic=t.statistic)) for (i, technique, site), t in found]
+    asked = [(number, site, t.gathers(site)) for number, (_, t, site) in enumerate(wanted)]
+    targets = {number: Target(site, statistic) for number, site, statistic in asked if statistic is not None}
+    _Calibration(model, state, list(targets.values())).run(batches)
+    found = list(wanted)
+    for number, target in targets.items():
+        index, technique, site = wanted[number]
+        found[number] = index, technique, replace(site, statistic=target.statistic)
+    return found
 
 
 @dataclass
@@ -62,13 +66,15 @@ class Target:
     """A site and its statistic; sites that are handed one and the same signal come to share one."""
 
     site: Site
-    statistic: Statistic | None
+    statistic: Statistic
     leader: Target | None = None
-    seen: bool = False
+    called: bool = False
+    fed: bool = False
 
     def see(self, values: Tensor) -> None:
         """Pass on one batch's values."""
-        assert self.statistic is not None
+        if self.statistic.settled or not values.numel():
+            return
         wide = values.detach().float() if values.element_size() < 4 else values.detach()
         if not bool(torch.isfinite(wide).all()):
             what = "the gradient of its weight" if self.statistic.of_gradient else "its input"
@@ -76,8 +82,16 @@ class Target:
                 f"{self.site.key}: on a calibration batch {what} is infinite or not a number; leave out such "
                 "samples, or calibrate in fp32"
             )
-        self.seen = True
+        self.fed = True
         self.statistic.see(wide)
+
+    def follow(self, others: list[Target]) -> None:
+        """At a first call, share the statistic of another site that was handed the same signal."""
+        if not self.called:
+            self.called = True
+            alike = (o for o in others if o.fed and o.leader is None and o.statistic == self.statistic)
+            self.leader = next(alike, None)
+            self.statistic = self.leader.statistic if self.leader else self.statistic
 
 
 @dataclass
@@ -96,7 +110,7 @@ class _Calibration:
                     raise BadOption(f"a calibration batch is a {type(batch).__name__}: {_ADVICE}")
                 self.batch = {key: _moved(value, device) for key, value in batch.items()}
                 self._step(graded)
-                if all(target.statistic.settled for target in self.targets):  # type: ignore[union-attr]
+                if all(target.statistic.settled for target in self.targets):
                     break
         if not self.batch:
             raise BadOption(f"the calibration data hold no batch: {_ADVICE}")
@@ -119,7 +133,7 @@ class _Calibration:
         parameters: dict[int, tuple[nn.Parameter, list[Target]]] = {}
         modules: dict[str, list[Target]] = {}
         for target in self.targets:
-            if target.statistic.of_gradient:  # type: ignore[union-attr]
+            if target.statistic.of_gradient:
                 weight = _weight(self.model, target.site)
                 parameters.setdefault(id(weight), (weight, []))[1].append(target)
             else:
@@ -143,34 +157,22 @@ class _Calibration:
             self.last = (x, [*same, *here])
             rows = None
             for target in here:
-                _follow(target, [*same, *here])
-                if target.leader is None:
+                target.follow([*same, *here])
+                if target.leader is None and not target.statistic.settled:
                     rows = _rows(module, x, target.site, self.batch) if rows is None else rows
                     target.see(rows)
-                target.seen = True
 
         return read
 
     def _check_seen(self) -> None:
-        missed = [target.site.key for target in self.targets if not target.seen]
+        missed = [target.site.key for target in self.targets if not (target.leader or target).fed]
         if missed:
             raise BadOption(
                 f"no calibration batch came by {', '.join(missed[:8])}"
                 + (f" and {len(missed) - 8} more" if len(missed) > 8 else "")
-                + ": the model does not call these modules, or has no gradient there, with such batches. Choose "
-                "other workspaces, or an initialiser that needs no data"
+                + ": the model does not call these modules, has no gradient there, or every position is left out. "
+                "Choose other workspaces, or an initialiser that needs no data"
             )
-
-
-def _follow(target: Target, others: list[Target]) -> None:
-    """At a first visit, share the statistic of another site that was handed the same signal."""
-    if target.seen:
-        return
-    leader = next(
-        (o for o in others if o.seen and o.leader is None and o.statistic == target.statistic), None
-    )
-    if leader is not None:
-        target.leader, target.statistic = leader, leader.statistic
 
 
 def _graded(model: nn.Module, here: list[Target]) -> Any:

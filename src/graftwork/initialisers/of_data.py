@@ -33,10 +33,10 @@ def eva(site: Site, rank: int, scale: float) -> Start:
         return kaiming(site, rank, scale)
     assert isinstance(site.statistic, InputDirections)
     found = site.statistic.directions
-    assert found is not None
-    if rank > len(found):
+    if found is None or rank > len(found):
         raise BadOption(
-            f"init='eva', rank={rank} at {site.key}: the calibration inputs vary along {len(found)} directions only. "
+            f"init='eva', rank={rank} at {site.key}: the calibration inputs vary along "
+            f"{0 if found is None else len(found)} directions only. "
             "Give more or longer batches, or a lower rank"
         )
     return Start(found[:rank].clone(), matrices.zeros(site, site.width_out, rank))

@@ -48,7 +48,7 @@ class InputDirections(Statistic):
         if before is not None and self.values is not None:
             stack.insert(0, self.values.unsqueeze(-1) * before)
         self._decompose(torch.cat(stack))
-        self.variance += float(centred.double().square().sum() + weight * shift.double().square().sum())
+        self.variance += _power(centred) + weight * _power(shift)
         self._mean = mean - shift * (self._rows / (self._rows + len(values)))
         self._rows += len(values)
         self._settled = self._close_to(before)
@@ -72,6 +72,11 @@ class InputDirections(Statistic):
             return False
         cosines = (before * self.directions).sum(-1).abs()
         return bool((cosines >= self.tolerance).all())
+
+
+def _power(values: Tensor) -> float:
+    """The sum of squares, added up in fp64."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 @dataclass

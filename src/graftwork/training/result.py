@@ -90,8 +90,14 @@ class RunResult:
 
 def spelled(technique: Technique) -> str:
     """`LoRA(rank=4)`: the class with the options that differ from their defaults."""
-    options = ", ".join(f"{name}={value!r}" for name, value in technique.options().items())
+    options = ", ".join(f"{name}={_short(value)}" for name, value in technique.options().items())
     return f"{type(technique).__name__}({options})"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Mapping) and len(value) > 3:
+        return f"{{{len(value)} of them}}"
+    return repr(value)
 
 
 def versions() -> dict[str, str]:
