@@ -280,12 +280,12 @@ def tiny_batch(
     return inputs
 
 
-def grafted(model: nn.Module, name: str, technique: Technique, **options: Any) -> Adapter:
-    """Attach to `tiny(name)`, with its batch (tokens as labels) to calibrate where the technique starts from data."""
+def grafted(model: nn.Module, host: str, technique: Technique, **options: Any) -> Adapter:
+    """Attach to `tiny(host)`, with its batch (tokens as labels) to calibrate where the technique starts from data."""
     if not technique.needs_data:
         return attach(model, technique, **options)
     dtype = next(model.parameters()).dtype
-    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_batch(name).items()}
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_batch(host).items()}
     labels = {"labels": batch["input_ids"]} if type(model).__name__.endswith("ForCausalLM") else {}
     return attach(model, technique, calibration=[{**batch, **labels}], **options)
 
