@@ -70,6 +70,11 @@ def updates(operand: Operand) -> dict[str, Update]:
     for owner, tensor in body.tensors.items():
         by_site.setdefault(owner.key, {})[owner.name] = tensor
     technique = body.techniques[0]
+    if not technique.card.linear:
+        raise NotComposable(
+            f"{operand.label!r}: no change of weights can stand in for {technique.name} as it is here; compose it with "
+            "the method 'parameters'"
+        )
     told = {key: technique.update(tensors) for key, tensors in by_site.items() if key != SHARED}
     if all(pair is not None for pair in told.values()):
         return {key: Update(pair[0].double(), pair[1].double()) for key, pair in told.items() if pair}

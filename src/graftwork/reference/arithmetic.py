@@ -61,6 +61,13 @@ class Arithmetic:
         """Why sums that hold this tensor are undefined, None where they are not."""
         return _first(self.undefined, tensor)
 
+    def words(self) -> str:
+        """One line for people."""
+        roles = [f"{name}: {role.value}" for name, role in self.roles.items() if name not in self.undefined]
+        return ", ".join(roles) + "".join(
+            f"{'; ' if roles else ''}{name}: refused, {reason}" for name, reason in self.undefined.items()
+        )
+
     def carriers(self) -> tuple[str, ...]:
         """Tensors that can carry the sign, the declared one first."""
         order = (Role.SIGNED, Role.FACTOR)

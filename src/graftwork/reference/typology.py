@@ -81,7 +81,7 @@ def sheet(technique: str | type[Technique]) -> Sheet:
         parameters=card.parameters,
         citation=card.citation,
         properties={name: read(card) for name, read in PROPERTIES.items()},
-        facts={name: read(card) for name, read in FACTS.items()},
+        facts={name: read(card) for name, read in FACTS.items()} | {"adds up as": kind.arithmetic.words()},
         options=options(kind),
     )
 

@@ -21,6 +21,7 @@ from graftwork.engine.rank_budget import BudgetSchedule, RankBudget, RankedModul
 from graftwork.errors import BadOption
 from graftwork.initialisers import INITIALISERS
 from graftwork.initialisers.ranked import Initialised
+from graftwork.reference.arithmetic import Arithmetic
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import InterConnectivity
@@ -56,6 +57,7 @@ class AdaLoRA(Initialised):
         citation="Zhang et al. 2023, AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient "
         "Fine-Tuning, arXiv:2303.10512",
     )
+    arithmetic: ClassVar[Arithmetic] = LoRA.arithmetic  # of what its file holds
 
     total_steps: Annotated[int | None, AtLeast(1)] = None
     rank: Annotated[int, AtLeast(1)] = 12
