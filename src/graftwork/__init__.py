@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from graftwork.reference.site import Site
     from graftwork.reference.technique import Technique
     from graftwork.reference.typology import compare, describe
+    from graftwork.techniques.together import mam, unipelt
     from graftwork.training.evaluate import evaluate
     from graftwork.training.recipe import Recipe
     from graftwork.training.run import tune
@@ -66,6 +67,7 @@ _HOMES = {
     "evaluate": "graftwork.training.evaluate",
     "lean": "graftwork.engine.lean_host",
     "load": "graftwork.adapters.store",
+    "mam": "graftwork.techniques.together",
     "merge": "graftwork.engine.merging",
     "negate": "graftwork.composition.verbs",
     "register": "graftwork.reference.catalogue",
@@ -76,6 +78,7 @@ _HOMES = {
     "techniques": "graftwork.reference.catalogue",
     "trainable": "graftwork.engine.verbs",
     "tune": "graftwork.training.run",
+    "unipelt": "graftwork.techniques.together",
     "unmerge": "graftwork.engine.merging",
 }
 

@@ -37,8 +37,13 @@ def cases() -> dict[str, Technique]:
         "ia3": gw.IA3(),
         "prompt-tuning": gw.PromptTuning(length=4),
         "prompt-pool": gw.PromptPool(size=2, length=2),
+        "multitask-prompt-tuning": gw.MultitaskPromptTuning(length=4, rank=2),
+        "adapter-fusion": gw.AdapterFusion(of=("nli", "sentiment")),
         "p-tuning": gw.PTuning(length=4),
         "loreft": gw.LoReFT(rank=2, first=2, last=1, dropout=0.0),
+        "lora-gated": gw.LoRA(rank=2, alpha=4, integration="gated addition"),  # type: ignore[arg-type]
+        "adapter-gated": gw.BottleneckAdapter(width=4, integration="gated addition"),  # type: ignore[arg-type]
+        "prefix-tuning-gated": gw.PrefixTuning(length=4, hidden=8, gated=True),
         "vpt": gw.VPT(length=4),
         "vpt-deep": gw.VPT(length=4, deep=True, dropout=0.0),
         "prefix-tuning": gw.PrefixTuning(length=4, hidden=None),
@@ -79,12 +84,20 @@ REFUSED: dict[tuple[str, str], str] = {
     ("p-tuning", "resnet"): "no sequence of positions",
     ("prompt-tuning", "resnet"): "no sequence of positions",
     ("prompt-pool", "resnet"): "no sequence of positions",
+    **{
+        (name, host): reason
+        for name in ("query-prompt", "query-prompt-attention")
+        for host, reason in (("resnet", "no sequence of positions"), ("vit", "no vocabulary"))
+    },
+    ("multitask-prompt-tuning", "resnet"): "no sequence of positions",
+    **{("adapter-fusion", host): "no adapter called" for host in HOSTS},
     ("loreft", "resnet"): "none of the",
+    ("lora-gated", "resnet"): "stride",
     ("vpt", "resnet"): "no sequence of positions",
     ("vpt-deep", "resnet"): "no sequence of positions",
     **{
         (name, host): "no attention"
-        for name in ("prefix-tuning", "prefix-tuning-mlp")
+        for name in ("prefix-tuning", "prefix-tuning-mlp", "prefix-tuning-gated")
         for host in ("mamba", "resnet")
     },
 }

@@ -173,11 +173,12 @@ def _attention_site(run: Run, layer: Layer, workspace: str, path: str, module: n
     inside = {s.workspace: _site(s, where) for s in layer.spots if s.measure}
     key, value = inside.get(f"{workspace}.key"), inside.get(f"{workspace}.value")
     stored = key or next(iter(inside.values()))
+    first = inside.get(f"{workspace}.query") or inside.get(f"{workspace}.qkv") or stored
     return Site(
         key="", workspace=workspace, kind=Kind.ATTENTION, module=path,
         stack=where.stack, layer=where.layer, layers=where.layers, causal=where.causal,
         key_width=key.width_out if key else 0, value_width=value.width_out if value else 0,
-        heads=key_heads(module), dtype=stored.dtype, device=stored.device,
+        channels_in=first.channels_in, heads=key_heads(module), dtype=stored.dtype, device=stored.device,
     )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from graftwork.anatomy.walk import walk
 from graftwork.engine import attention, offloaded, placing, recompute, sequence
 from graftwork.engine.adapter import Adapter, Placed, prefixes
 from graftwork.engine.calibration import with_statistics
+from graftwork.engine.gates import gated
+from graftwork.engine.meeting import meet, refuse_needed
 from graftwork.engine.modules import HiddenModule, PrefixModule, PromptModule, WeightModule
 from graftwork.engine.originals import Originals
 from graftwork.engine.seat import SEAT, Graft, seat_of, stored_parameter
@@ -94,6 +96,7 @@ def attach(
     techniques, wanted = _resolved(techniques, wanted)
     techniques, wanted = _with_head(model, techniques, wanted, head)
     built = _build(model, techniques, wanted, name)
+    meet(state, techniques, built)
     if before is not None and not before.used:
         raise BadOption(
             "originals= is given, but nothing starts from them: leave them out"
@@ -110,6 +113,7 @@ def detach(model: nn.Module, *names: str) -> None:
     going = names or tuple(state.adapters)
     for name in going:
         require(state, name)
+    refuse_needed(state.adapters.values(), going)
     if state.merged:
         raise StateError(f"{', '.join(state.merged)} is merged into the base; unmerge before detach")
     if set(going) == set(state.adapters):
@@ -297,7 +301,7 @@ def _shared(technique: Technique, sites: list[Site]) -> nn.Module | None:
 
 def _module(technique: Technique, site: Site, shared: nn.Module | None) -> nn.Module:
     with torch.device(site.device):
-        module = technique.build(site)
+        module = gated(technique, site, technique.build(site))
     contract = _CONTRACTS[technique.card.port]
     if not isinstance(module, contract):
         raise CardConflict(

@@ -34,8 +34,8 @@ def _add_scaled(y: Tensor, z: Tensor, scale: float) -> Tensor:
 
 
 def _gate(y: Tensor, z: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    gate, value = z
-    return y + gate * (value - y)
+    gate, change = z
+    return y + gate * change
 
 
 def _rescale(y: Tensor, z: Tensor | tuple[Tensor, Tensor], scale: float) -> Tensor:

@@ -99,7 +99,8 @@ class HiddenModule(nn.Module):
     """Hidden port: reads a signal (..., C) and answers z, which the card's integration joins to the host's y.
 
     Direct and scaled addition: z (..., C). Rescaling: z broadcastable to (..., C), or (z, shift).
-    Gated addition: (gate in [0, 1], value). Channels are always last; the engine moves them for convolutions.
+    Gated addition: (gate in [0, 1], z), joined as (1 - gate) y + gate (y + z). Channels are always last; the
+    engine moves them for convolutions.
 
     Attributes:
         span: the positions it is for, where it acts on tokens one by one; None: all of every call.
@@ -110,6 +111,8 @@ class HiddenModule(nn.Module):
 
 class PrefixModule(nn.Module):
     """Attention port: `forward()` gives keys (N, key_width) and values (N, value_width).
+
+    With a module `gate` (a `Gate` of the attention's input) each row's values are multiplied by its gate.
 
     Attributes:
         shift_positions: how far the host's own positions are moved: N for a prefix that was trained in a
@@ -140,6 +143,18 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Gate(nn.Module):
+    """(B,) sigmoid(w x) in [0, 1] for each row of a signal x (B, ..., C), averaged over its positions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width).normal_(std=0.02))
+
+    def forward(self, x: Tensor) -> Tensor:
+        open_ = (x @ self.weight.to(x.dtype)).sigmoid()
+        return open_ if open_.dim() == 1 else open_.flatten(1).mean(1)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -95,13 +95,20 @@ def _disarrange_hidden(model: nn.Module, state: State, seat: Seat, host: nn.Modu
 
 
 def _arrange_attention(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
+    seat.keeps_input += _reads(place)
     if place.graft.module.shift_positions:
         sequence.follow(model, seat)
 
 
 def _disarrange_attention(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:
+    seat.keeps_input -= _reads(place)
     if place.graft.module.shift_positions:
         sequence.unfollow(model, seat)
+
+
+def _reads(place: Placed) -> bool:
+    """Whether a prefix has a gate, which reads what the attention module reads."""
+    return getattr(place.graft.module, "gate", None) is not None
 
 
 def _arrange_sequence(model: nn.Module, state: State, seat: Seat, host: nn.Module, place: Placed) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from graftwork.engine.route import Route
@@ -61,12 +61,37 @@ def gather(seat: Seat, key: Tensor, value: Tensor) -> Prefix | None:
             f"({', '.join(name for name, _ in running)}). Route per sample: an index of shape (batch,)"
         )
     parts = [_of_adapter(seat, grafts, key, value) for _, grafts in running]
+    gates = _gates(seat, running, key)
     if route is None:
-        whole = [torch.cat(side).expand(len(key), -1, -1) for side in zip(*parts, strict=True)]
-        return Prefix(_heads(whole[0], key), _heads(whole[1], value), None, _shift(seat))
+        keys, values = [torch.cat(side).expand(len(key), -1, -1) for side in zip(*parts, strict=True)]
+        if gates is not None:
+            values = values * torch.cat(gates).mT.unsqueeze(-1)
+        return Prefix(_heads(keys, key), _heads(values, value), None, _shift(seat))
     rows, seen = _layout(route, running, [len(keys) for keys, _ in parts], key)
     keys, values = [_table(side).index_select(0, rows) for side in zip(*parts, strict=True)]
+    if gates is not None:
+        own = _table(tuple(gates))[rows, :, torch.arange(len(rows), device=rows.device)]
+        values = values * own.unsqueeze(-1)
     return Prefix(_heads(keys, key), _heads(values, value), seen, _shift(seat))
+
+
+def _gates(seat: Seat, running: Running, like: Tensor) -> list[Tensor] | None:
+    """(N, B) of each adapter: how far a row's gate lets its values through; None where none has a gate."""
+    if not any(_gate(graft) for _, grafts in running for graft in grafts):
+        return None
+    x, seat.kept = seat.kept, None
+    assert x is not None  # kept by the attention module's own call
+    return [torch.cat([_opened(graft, x, like) for graft in grafts]) for _, grafts in running]
+
+
+def _gate(graft: Graft) -> nn.Module | None:
+    return getattr(graft.module, "gate", None)
+
+
+def _opened(graft: Graft, x: Tensor, like: Tensor) -> Tensor:
+    gate = _gate(graft)
+    rows = like.new_ones(len(like)) if gate is None else gate(x).to(like.dtype)
+    return rows.expand(graft.module.length, -1)
 
 
 def _shift(seat: Seat) -> Shift | None:

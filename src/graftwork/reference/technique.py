@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from graftwork.errors import BadOption, CardConflict, UnknownName, nearest
 from graftwork.reference.arithmetic import Arithmetic
 from graftwork.reference.card import Card
-from graftwork.reference.properties import Insertion, Integration, Port
+from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, Port
 from graftwork.reference.site import Site
 from graftwork.reference.statistic import Statistic
 
 Layers = str | tuple[int, ...]
+_ADDITIVE = {Integration.DIRECT_ADDITION, Integration.SCALED_ADDITION}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Technique:
     Args:
         workspaces: where to go instead of the card's default (names, `attention.*`, presets, `re:PATTERN`).
         layers: "all", numbers `(0, 1)`, a range "2-5", "last 4", "first 2" or "every 2".
-        insertion, integration: replace the card's value where the port allows it.
+        insertion, integration: replace the card's value where the port allows it. `integration="gated
+            addition"` multiplies what is added by a trained gate that reads each row of the signal.
     """
 
     published: ClassVar[Card]
@@ -122,6 +124,8 @@ class Technique:
             changes["insertion"] = self.insertion
         if self.integration is not None:
             changes["integration"] = self.integration
+        if self._gates():
+            changes |= self._behind_a_gate()
         card = replace(self.published, **changes)
         self._refuse_impossible(card)
         return card
@@ -167,6 +171,14 @@ class Technique:
         """Called for two modules built for one and the same host tensor (tied weights)."""
         return
 
+    def others(self) -> tuple[str, ...]:
+        """Names of attached adapters that its modules read, share tensors with or start from.
+
+        Each built module then has `meet(theirs)`, given name -> their grafts at its site. Adapters that the stored
+        technique still names cannot be detached before it.
+        """
+        return ()
+
     def stored(self) -> Technique:
         """The technique as an adapter file names it; differs where training scaffolding is dropped on saving.
 
@@ -194,8 +206,22 @@ class Technique:
         """Factors on the learning rate by the last part of a tensor's name (LoRA+)."""
         return {}
 
+    def _gates(self) -> bool:
+        """Whether a gate is asked for in front of an answer that is published without one."""
+        gated = Integration.GATED_ADDITION
+        return self.integration is gated and self.published.integration in _ADDITIVE
+
+    def _behind_a_gate(self) -> dict[str, Any]:
+        """What a gate, which reads a row of the signal, makes of a card: no change of weights is left of it."""
+        changes = {"adaptation": Adaptation.ADDITION, "linear": False, "token_wise": False}
+        if self.published.port is not Port.WEIGHT:
+            return changes
+        return {**changes, "input": Input.HIDDEN, "insertion": Insertion.PARALLEL}
+
     def _refuse_impossible(self, card: Card) -> None:
         old, new = self.published, card
+        if self._gates() and old.port in (Port.WEIGHT, Port.HIDDEN):
+            return
         if new.port is not old.port:
             raise CardConflict(
                 f"{self.name}: integration={new.integration.value} would move it from the {old.port.value} "
@@ -207,8 +233,7 @@ class Technique:
                 f"{self.name}: insertion and integration are fixed at the {old.port.value} port "
                 f"({old.insertion.value}, {old.integration.value}); only hidden-port techniques change them"
             )
-        additive = {Integration.DIRECT_ADDITION, Integration.SCALED_ADDITION}
-        if new.integration is not old.integration and not {old.integration, new.integration} <= additive:
+        if new.integration is not old.integration and not {old.integration, new.integration} <= _ADDITIVE:
             raise CardConflict(
                 f"{self.name}: its module answers for {old.integration.value}; "
                 f"{new.integration.value} needs another module"

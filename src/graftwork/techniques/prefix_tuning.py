@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graftwork.engine.modules import PrefixModule
+from graftwork.engine.modules import Gate, PrefixModule
 from graftwork.reference.card import Card, Sharing
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -31,6 +31,8 @@ class PrefixTuning(Technique):
     Args:
         length: number of positions.
         hidden: inner width of the MLP that writes them while training; None trains them directly.
+        gated: multiply each row's values by sigmoid(w x), x what the attention reads, averaged over positions
+            (padding included); generate with `use_cache=False`, for a cache shows it one position at a time.
         shift_positions: tokens stand this many positions later, as behind a prefix of that length in a cache;
             a relative bias (T5) then sees the prefix at -shift_positions and on.
     """
@@ -55,6 +57,7 @@ class PrefixTuning(Technique):
 
     length: Annotated[int, AtLeast(1)] = 30
     hidden: Annotated[int | None, AtLeast(1)] = 512
+    gated: bool = False
     shift_positions: Annotated[int, AtLeast(0)] = 0
 
     @property
@@ -71,6 +74,9 @@ class PrefixTuning(Technique):
         widths = site.key_width, site.value_width
         made = Prefix(self.length, *widths) if self.hidden is None else Written(self.hidden, *widths)
         made.shift_positions = self.shift_positions
+        made.length = self.length
+        if self.gated:
+            made.gate = Gate(site.channels_in)
         return made
 
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
@@ -116,4 +122,5 @@ class Written(PrefixModule):
     def stored_tensors(self) -> dict[str, Tensor]:
         with torch.no_grad():
             key, value = self()
-        return {"key": key.contiguous(), "value": value.contiguous()}
+        gate = {name: tensor for name, tensor in self.state_dict().items() if name.startswith("gate.")}
+        return {"key": key.contiguous(), "value": value.contiguous(), **gate}

@@ -61,6 +61,10 @@ def write_folder(folder: Path, stored: StoredAdapter, model: nn.Module | None, b
     written.
     """
     translator = translator_for(technique.name for technique in stored.manifest.techniques)
+    if any(owner.name == "gate.weight" for owner in stored.owned()):
+        raise BadFile(
+            "HF PEFT's format has no place for a gate (gated addition). Keep graftwork's own format"
+        )
     config, tensors = translator.write(stored, None if model is None else Host(model))
     config["base_model_name_or_path"] = base_name
     named = {_full(name, translator.front): tensor.contiguous() for name, tensor in tensors.items()}

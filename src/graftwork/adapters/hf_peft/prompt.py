@@ -7,7 +7,7 @@ the file has a second block of rows, which HF PEFT never reads. It puts the prom
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ from graftwork.engine.sequence_facts import facts_of
 from graftwork.errors import BadFile
 from graftwork.reference.properties import Port
 from graftwork.reference.site import Site
+from graftwork.reference.technique import Technique
 from graftwork.techniques.prompt_tuning import PromptTuning
+
+Prompted = TypeVar("Prompted", bound=Technique)
 
 UNDERSTOOD = ("num_virtual_tokens", "token_dim", "num_transformer_submodules", "modules_to_save")
 INDIFFERENT = (
@@ -50,10 +53,16 @@ def read(config: Config, tensors: dict[str, Tensor], host: Host) -> list[Part]:
         raise BadFile(
             f"{config.where}: {PROMPT} has shape {tuple(rows.shape)}, the configuration says {length} tokens"
         )
+    sites, front = sites_for(config, host)
+    technique = PromptTuning(length=length, front=front)
+    return [Part(technique, sites, {(site.key, "prompt"): rows[:length] for site in sites}), *saved]
+
+
+def sites_for(config: Config, host: Host) -> tuple[tuple[Site, ...], bool]:
+    """Where a prompt goes, and whether before a leading summary position."""
     sites = _sites(host)
     _refuse_other_summary(host, sites, config.task, config.where)
-    technique = PromptTuning(length=length, front=_starts_with_summary(host, sites))
-    return [Part(technique, sites, {(site.key, "prompt"): rows[:length] for site in sites}), *saved]
+    return sites, _starts_with_summary(host, sites)
 
 
 def _sites(host: Host) -> tuple[Site, ...]:
@@ -90,35 +99,46 @@ def take_prompt(config: Config, tensors: dict[str, Tensor]) -> Tensor:
 
 def write(stored: StoredAdapter, host: Host | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(configuration, tensors by path and leaf)."""
-    found = [
-        (technique, own["prompt"])
-        for index, technique in enumerate(stored.manifest.techniques)
-        if isinstance(technique, PromptTuning)
-        for own in stored.of(index).values()
-    ]
-    if len(found) != 1:
-        raise BadFile(f"HF PEFT holds one prompt, this adapter has {len(found)}")
-    technique, rows = found[0]
-    if host is None:
-        raise BadFile(
-            "where a prompt goes depends on the base model, which is needed. Load the adapter on it and "
-            'save with format="hf-peft"'
-        )
+    technique, own = only_prompt(stored, PromptTuning)
+    rows = own["prompt"]
     saved = written_modules(stored)
     task, _ = task_and_modules(stored, saved)
-    sites = _sites(host)
-    _refuse_other_summary(host, sites, task, "the base model")
-    if _starts_with_summary(host, sites) and not technique.front:
-        raise BadFile(
-            f"HF PEFT puts a prompt before the first token, this one stands behind it in a "
-            f"{type(host.model).__name__}, whose first position is the summary. Train it with front=True"
-        )
+    refuse_other_place(host, task, technique.front)
     config = prompt_config("PROMPT_TUNING", task, stored) | {
         "num_virtual_tokens": len(rows),
         "token_dim": rows.shape[1],
     }
     unused = torch.zeros_like(rows) if config["num_transformer_submodules"] == 2 else rows[:0]
     return config, {PROMPT: torch.cat([rows, unused]), **saved}
+
+
+def only_prompt(stored: StoredAdapter, kind: type[Prompted]) -> tuple[Prompted, dict[str, Tensor]]:
+    """The one prompt of an adapter, and its tensors."""
+    found = [
+        (technique, own)
+        for index, technique in enumerate(stored.manifest.techniques)
+        if isinstance(technique, kind)
+        for own in stored.of(index).values()
+    ]
+    if len(found) != 1:
+        raise BadFile(f"HF PEFT holds one prompt, this adapter has {len(found)}")
+    return found[0]
+
+
+def refuse_other_place(host: Host | None, task: str | None, front: bool) -> None:
+    """Refuse a prompt that HF PEFT would put elsewhere."""
+    if host is None:
+        raise BadFile(
+            "where a prompt goes depends on the base model, which is needed. Load the adapter on it and "
+            'save with format="hf-peft"'
+        )
+    sites = _sites(host)
+    _refuse_other_summary(host, sites, task, "the base model")
+    if _starts_with_summary(host, sites) and not front:
+        raise BadFile(
+            f"HF PEFT puts a prompt before the first token, this one stands behind it in a "
+            f"{type(host.model).__name__}, whose first position is the summary. Train it with front=True"
+        )
 
 
 def prompt_config(kind: str, task: str | None, stored: StoredAdapter) -> dict[str, Any]:

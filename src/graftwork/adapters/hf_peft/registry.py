@@ -19,6 +19,7 @@ from graftwork.adapters.hf_peft import (
     lora,
     lora_writing,
     miss,
+    multitask,
     norms,
     oft,
     prefix,
@@ -77,6 +78,14 @@ TRANSLATORS: dict[str, Translator] = {
         Translator("HRA", LAYERS, hra.read, hra.write, frozenset({"hra"}), _WHOLE),
         Translator("LN_TUNING", LAYERS, norms.read, norms.write, frozenset({"norm-tuning"}), _HEAD),
         Translator("PROMPT_TUNING", PROMPTS, prompt.read, prompt.write, frozenset({"prompt-tuning"}), _HEAD),
+        Translator(
+            "MULTITASK_PROMPT_TUNING",
+            PROMPTS,
+            multitask.read,
+            multitask.write,
+            frozenset({"multitask-prompt-tuning"}),
+            _HEAD,
+        ),
         Translator("P_TUNING", PROMPTS, prompt.read, prompt.write),
         Translator("PREFIX_TUNING", PROMPTS, prefix.read, prefix.write, frozenset({"prefix-tuning"}), _HEAD),
     )
