@@ -177,6 +177,31 @@ def test_projections_of_one_tensor_keep_it_once_and_nothing_else(dtype, dropout)
     assert found == {x.untyped_storage().data_ptr(): x.numel() * x.element_size()}
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_beside_a_frozen_first_factor_the_inner_product_is_kept_and_not_the_input(masked, dropout):
+    x, down, up = leaf(2, 4, IN) * 1, leaf(RANK, IN, grad=False), leaf(OUT, RANK)
+    weight, mask = leaf(OUT, IN, grad=False), leaf(RANK) if masked else None
+
+    def run():
+        torch.manual_seed(1)  # the same dropout
+        return low_rank_linear(x, weight, None, down, up, 0.7, dropout=dropout, mask=mask)
+
+    found = saved_storages(run, weight, down, up, *([mask] if masked else []))
+    assert x.untyped_storage().data_ptr() not in found
+    assert sum(found.values()) == 2 * 4 * RANK * 8
+    wanted = [x, up, mask] if masked else [x, up]
+    dy = torch.randn(2, 4, OUT, dtype=torch.float64)
+    gradients = torch.autograd.grad(run(), wanted, dy)
+    trains = down.requires_grad_()
+    for got, want in zip(gradients, torch.autograd.grad(run(), wanted, dy), strict=True):
+        torch.testing.assert_close(got, want)
+    trains.requires_grad_(False)
+    (first,) = torch.autograd.grad(run().square().sum(), up, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_frozen_factors_keep_nothing():
     x, weight = leaf(8, IN) * 1, leaf(OUT, IN, grad=False)
     down, up = leaf(RANK, IN, grad=False), leaf(OUT, RANK, grad=False)

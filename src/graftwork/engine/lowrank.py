@@ -7,7 +7,8 @@ Pure functions of tensors; they know no adapter, site or card.
 x (..., I), W (O, I), A = `down` (R, I), B = `up` (O, R), m = `mask` broadcastable to (..., R). Kept for
 backward: x itself, in its own precision, so that projections reading one tensor share one storage, and the
 parameters. Nothing else: x Aᵀ is recomputed (R / O of the base product), a dropout mask is made anew from its
-seed. The thin factors are cast to the precision of x, never x to theirs.
+seed. Where neither W nor A trains, x Aᵀ is kept and x is not, and second derivatives are an error. The thin factors
+are cast to the precision of x, never x to theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from graftwork.engine.dropout import Drop
@@ -59,7 +61,8 @@ def low_rank_linear(
         return _LowRankLinear.apply(x, weight, bias, down, up, mask, scale, drop, dtype)
     if x.dtype is not dtype:
         x, weight, bias = x.to(dtype), cast(weight, dtype), cast(bias, dtype)
-    return _product(x, weight, bias, down, up, mask, scale, drop)
+    inner = _masked(_inner(x, down, drop), mask, x.shape[:-1])
+    return _product(x, weight, bias, inner, up, _gain(scale, drop))
 
 
 def low_rank_embedding(
@@ -161,29 +164,27 @@ def _masked(inner: Tensor, mask: Tensor | None, lead: torch.Size) -> Tensor:
     return (inner.view(*lead, -1) * mask.to(inner.dtype)).view(inner.shape)
 
 
+def _gain(scale: float, drop: Drop | None) -> float:
+    """The factor of the delta, with what makes up for the elements that are dropped."""
+    return scale if drop is None else scale * drop.gain
+
+
+def _inner(x: Tensor, down: Tensor, drop: Drop | None) -> Tensor:
+    """drop(x) Aᵀ in rows."""
+    rows = _rows(x if drop is None else drop.apply(x), down)
+    return (torch.mm if down.dim() == 2 else torch.bmm)(rows, down.to(x.dtype).mT)
+
+
 def _product(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    drop: Drop | None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, inner: Tensor, up: Tensor, gain: float
 ) -> Tensor:
     """The whole product in the precision of x, in place: no gradient is being recorded."""
-    dtype, gain, dropped = x.dtype, scale, x
-    if drop is not None:
-        dropped, gain = drop.apply(x), scale * drop.gain
-    down, up = (down if down.dtype is dtype else down.to(dtype)), (up if up.dtype is dtype else up.to(dtype))
-    product = torch.mm if down.dim() == 2 else torch.bmm
-    inner = product(_rows(dropped, down), down.mT)
-    if mask is not None:
-        inner.view(*x.shape[:-1], -1).mul_(mask.to(dtype))
+    up, flat = up.to(x.dtype), up.dim() == 2
     if weight is None:
-        return product(inner if gain == 1 else inner.mul_(gain), up.mT).view(*x.shape[:-1], -1)
+        product = (torch.mm if flat else torch.bmm)(inner, up.mT)
+        return (product if gain == 1 else product.mul_(gain)).view(*x.shape[:-1], -1)
     y = functional.linear(x, weight, bias)
-    if down.dim() == 2:
+    if flat:
         y.view(-1, y.shape[-1]).addmm_(inner, up.t(), alpha=gain)
     else:
         y.view(len(up), -1, y.shape[-1]).baddbmm_(inner, up.mT, alpha=gain)
@@ -205,36 +206,39 @@ class _LowRankLinear(Function):
         dtype: torch.dtype,
     ) -> Tensor:
         _, to_weight, _, to_down, to_up, to_mask, *_ = ctx.needs_input_grad
-        reads_x = to_weight or to_down or to_up or to_mask
-        ctx.save_for_backward(x if reads_x else None, weight, down, up, mask)
+        computed = x if x.dtype == dtype else x.to(dtype)
+        inner = _inner(computed, down, drop)
+        ctx.keeps_inner = not (to_weight or to_down) and down.shape[-2] < down.shape[-1]
+        kept = None if not (to_weight or to_down or to_up or to_mask) else inner if ctx.keeps_inner else x
+        ctx.save_for_backward(kept, weight, down, up, mask)
         ctx.scale, ctx.drop, ctx.lead, ctx.x_dtype = scale, drop, x.shape[:-1], x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if x.dtype != dtype:
-            x, weight, bias = x.to(dtype), cast(weight, dtype), cast(bias, dtype)
-        return _product(x, weight, bias, down, up, mask, scale, drop)
+        masked = _masked(inner, mask, ctx.lead)
+        return _product(computed, cast(weight, dtype), cast(bias, dtype), masked, up, _gain(scale, drop))
 
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, dy), None, None, None)
+        gradients = once_differentiable(_gradients) if ctx.keeps_inner else _gradients
+        return (*gradients(ctx, dy), None, None, None)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, down, up and mask, each None unless needed."""
-    x, weight, down, up, mask = ctx.saved_tensors
+    kept, weight, down, up, mask = ctx.saved_tensors
     to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
-    x = None if x is None else x.to(dy.dtype)
+    kept = None if kept is None else kept.to(dy.dtype)
     flat, rows = dy.reshape(-1, dy.shape[-1]), _rows(dy, up)
-    gain = ctx.scale if ctx.drop is None else ctx.scale * ctx.drop.gain
+    gain = _gain(ctx.scale, ctx.drop)
     unmasked = rows @ (up * gain).to(dy.dtype)
     inner = _masked(unmasked, mask, ctx.lead)
     dx = dweight = dbias = None
-    if to_weight and x is not None:
-        dweight = (flat.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+    if to_weight and kept is not None:
+        dweight = (flat.t() @ kept.reshape(-1, kept.shape[-1])).to(weight.dtype)
     if to_bias:
         dbias = flat.sum(0).to(ctx.bias_dtype)
     narrow = down.to(dy.dtype)
-    factors = _factor_gradients(ctx, (x, down, narrow, up, mask), rows, unmasked, inner, gain)
+    factors = _factor_gradients(ctx, (kept, down, narrow, up, mask), rows, unmasked, inner, gain)
     if to_x:
         base = None if weight is None else flat @ weight.to(dy.dtype)
         dx = _input_gradient(base, inner, narrow, ctx.drop).view(*ctx.lead, -1).to(ctx.x_dtype)
@@ -254,16 +258,16 @@ def _input_gradient(base: Tensor | None, inner: Tensor, down: Tensor, drop: Drop
 def _factor_gradients(
     ctx: Any, saved: tuple[Tensor, ...], dy: Tensor, unmasked: Tensor, dinner: Tensor, gain: float
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of down, up and mask; `unmasked` and `dinner` hold the gain, x Aᵀ is made anew."""
-    x, down, narrow, up, mask = saved  # unpacked once: recomputation refuses a second time
+    """Gradients of down, up and mask; `unmasked` and `dinner` hold the gain, x Aᵀ is made anew unless it was kept."""
+    kept, down, narrow, up, mask = saved  # unpacked once: recomputation refuses a second time
     to_down, to_up, to_mask = ctx.needs_input_grad[3:6]
-    if x is None or not (to_down or to_up or to_mask):
+    if kept is None or not (to_down or to_up or to_mask):
         return None, None, None
-    dropped = _rows(x if ctx.drop is None else ctx.drop.apply(x), down)
+    dropped = kept if ctx.keeps_inner else _rows(kept if ctx.drop is None else ctx.drop.apply(kept), down)
     ddown = (dinner.mT @ dropped).to(down.dtype) if to_down else None
     if not (to_up or to_mask):
         return ddown, None, None
-    inner = dropped @ narrow.mT
+    inner = kept if ctx.keeps_inner else dropped @ narrow.mT
     dup = (dy.mT @ _masked(inner, mask, ctx.lead)).to(up.dtype).mul_(gain) if to_up else None
     if not to_mask:
         return ddown, dup, None

@@ -71,7 +71,7 @@ def dense_or_thin(
     while fast and _runs_without_weight(operation, module, base, grafts[fast - 1]):
         fast -= 1
     dense, above = grafts[:fast], grafts[fast:]
-    if not all(is_thin(graft) for graft in above):
+    if not all(_by_factors(operation, module, base, graft) for graft in above):
         return _answer(operation, module, seat, base, dense, above, _signal(args, kwargs))
     groups = factors.of_stack(above, module.training) if above else ()
     if not dense:
@@ -88,6 +88,11 @@ def _runs_without_weight(operation: Operation, module: nn.Module, base: type, gr
     if is_thin(graft):
         return operation.thin(module, base)
     return answers(graft) and operation.linear(module, base)
+
+
+def _by_factors(operation: Operation, module: nn.Module, base: type, graft: Graft) -> bool:
+    """Whether the module is run by its factors: it has some, and no cheaper answer of its own."""
+    return is_thin(graft) and not (answers(graft) and operation.linear(module, base))
 
 
 def _with_groups(
@@ -168,7 +173,7 @@ def _over(
 
 def one_answer(graft: Graft, x: Tensor, below: Below, training: bool) -> Tensor:
     """What one module makes of what lies beneath it."""
-    if is_thin(graft):
+    if is_thin(graft) and not answers(graft):
         return below.with_low_rank(x, factors.of_stack((graft,), training))
     own: Any = graft.module
     if graft.site.channels is not None:  # a part of a fused projection: the other channels stay

@@ -1,19 +1,21 @@
 """MiSS: one small matrix for all shards of the input (Kang and Yin 2024, arXiv:2409.15371, first named Bone).
 
 The input is cut into groups of `rank` channels, the last padded with zeros; the groups are summed and multiplied by
-D (rank, out): delta[:, j] = D[j mod rank]. D starts at zero, so attaching changes no output. Backward needs the sums
-alone, `rank` numbers per token, and not the input.
+D (rank, out): delta[:, j] = D[j mod rank]. D starts at zero, so attaching changes no output. The sums are a product with
+a frozen matrix of zeros and ones, so backward needs them alone, `rank` numbers per token, and not the input.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from graftwork.engine.modules import DeltaModule, zeros
+from graftwork.engine.modules import LowRankModule, zeros
+from graftwork.engine.seeded import Frozen
 from graftwork.errors import BadOption
 from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
@@ -61,19 +63,21 @@ class MiSS(Technique):
             )
         return Shards(site, self.rank)
 
+    def shared(self, sites: Sequence[Site]) -> nn.Module | None:
+        if not sites:
+            return None
+        groups = -(-max(site.width_in for site in sites) // self.rank)
+        return Frozen({"groups": torch.eye(self.rank).repeat(1, groups)}, sites[0].device)
 
-class Shards(DeltaModule):
+
+class Shards(LowRankModule):
     def __init__(self, site: Site, rank: int) -> None:
         super().__init__()
         self.block = zeros(*site.batch, rank, site.width_out)
         self.width_in = site.width_in
 
-    def delta(self) -> Tensor:
-        rank = self.block.shape[-2]
-        groups = -(-self.width_in // rank)
-        return self.block.mT.repeat(*(1 for _ in self.block.shape[:-1]), groups)[..., : self.width_in]
+    def adopt(self, shared: Frozen) -> None:
+        self.shared = shared
 
-    def added(self, x: Tensor) -> Tensor:
-        rank = self.block.shape[-2]
-        grouped = functional.pad(x, (0, -self.width_in % rank)).unflatten(-1, (-1, rank))
-        return grouped.sum(-2) @ self.block.to(x.dtype)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.shared["groups"][:, : self.width_in], self.block.mT

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from graftwork.engine.modules import DeltaModule, zeros
+from graftwork.engine.modules import LowRankModule, zeros
 from graftwork.engine.recomputed import recomputed
 from graftwork.engine.seeded import Frozen, generator
 from graftwork.errors import BadOption
@@ -91,7 +91,7 @@ class RandLoRA(Technique):
         return {"inner": of_deviation_one(inner), "outer": of_deviation_one(torch.stack(outer, 1))}
 
 
-class Bases(DeltaModule):
+class Bases(LowRankModule):
     def __init__(self, site: Site, rank: int, scale: float) -> None:
         super().__init__()
         small, large = sorted((site.width_in, site.width_out))
@@ -103,35 +103,17 @@ class Bases(DeltaModule):
     def adopt(self, shared: Frozen) -> None:
         self.shared = shared
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.weights, self.gains, self.shared["inner"], self.shared["outer"][: self.large]
-
-    def delta(self) -> Tensor:
-        inner, outer = products(*self.factors())
-        delta = self.scale * (outer.to(inner.dtype) @ inner)
-        return delta.mT if self.narrows else delta
-
-    def added(self, x: Tensor) -> Tensor:
-        return self.scale * recomputed(narrowed if self.narrows else widened, x, *self.factors())
+    def factors(self) -> tuple[Tensor, Tensor]:
+        terms, small = self.gains.shape[-2:]
+        inner = recomputed(scaled, self.shared["inner"][:, :small], self.weights, self.gains)
+        outer = self.shared["outer"][: self.large, :terms].flatten(1)
+        return (outer.mT, inner.mT) if self.narrows else (inner, outer)
 
 
-def products(weights: Tensor, gains: Tensor, inner: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled inner bases (..., rank n, smaller) and outer bases (larger, rank n)."""
-    terms, small = gains.shape[-2:]
-    scaled = (
-        weights.unsqueeze(-1) * inner[:, :small].unsqueeze(-2) * gains.unsqueeze(-3)
-    )  # (..., rank, n, smaller)
-    return scaled.flatten(-3, -2), outer[:, :terms].flatten(1)
-
-
-def widened(x: Tensor, *factors: Tensor) -> Tensor:
-    inner, outer = (matrix.to(x.dtype) for matrix in products(*factors))
-    return x @ inner.mT @ outer.mT
-
-
-def narrowed(x: Tensor, *factors: Tensor) -> Tensor:
-    inner, outer = (matrix.to(x.dtype) for matrix in products(*factors))
-    return x @ outer @ inner
+def scaled(basis: Tensor, weights: Tensor, gains: Tensor) -> Tensor:
+    """A (rank, smaller) between lambda and gamma of each term, (..., rank n, smaller)."""
+    terms = weights.unsqueeze(-1) * basis.unsqueeze(-2) * gains.unsqueeze(-3)  # (..., rank, n, smaller)
+    return terms.flatten(-3, -2)
 
 
 def drawn(source: Generator, rows: int, columns: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from graftwork.engine.modules import LowRankModule, zeros
+from graftwork.engine.scaled_product import scaled_product
 from graftwork.engine.seeded import Frozen, generator, spread
 from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
@@ -86,10 +87,18 @@ class Scaled(LowRankModule):
     def adopt(self, shared: Frozen) -> None:
         self.shared = shared
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def frozen(self) -> tuple[Tensor, Tensor]:
+        """A (rank, I) and B (O, rank)."""
         width_in, width_out = self.widths
-        down, up = self.shared["down"][:, :width_in], self.shared["up"][:width_out]
+        return self.shared["down"][:, :width_in], self.shared["up"][:width_out]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        down, up = self.frozen()
         return self.inner.unsqueeze(-1) * down, self.outer.unsqueeze(-1) * up
+
+    def added(self, x: Tensor) -> Tensor:
+        down, up = self.frozen()
+        return scaled_product(x, down, self.inner, up, self.outer)
 
 
 def he_uniform(source: Generator, rows: int, columns: int) -> Tensor:
