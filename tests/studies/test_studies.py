@@ -246,6 +246,14 @@ def test_each_study_is_complete(name: str) -> None:
     found = registry.study(name)
     assert found.name == name
     assert all((found.title, found.source, found.claim))
-    assert (Path(__file__).parents[2] / "docs" / "studies" / f"{name}.md").is_file(), (
-        f"run `graftwork study {name} --write docs/studies`"
+
+
+def test_pages_and_studies_belong_together() -> None:
+    folder = Path(__file__).parents[2] / "docs" / "studies"
+    pages = {page.stem for page in folder.glob("*.md")} - {"README"}
+    assert pages <= set(registry.names())
+    listed = (folder / "README.md").read_text(encoding="utf-8")
+    assert all(f"| [{name}]({name}.md) |" in listed for name in pages)
+    assert all(f"`{name}`" in listed for name in set(registry.names()) - pages), (
+        "say that it is not measured yet"
     )

@@ -91,7 +91,11 @@ def _watch(console: Console, update: Callable[[str], None]) -> Watch:
         if cell is not None:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in cell.figures.items())
             console.print(
-                f"{what}: {figures}  ({cell.seconds:.0f} s)", style="dim", highlight=False, markup=False
+                f"{what}: {figures}  ({cell.seconds:.0f} s)",
+                style="dim",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
 
     return watch

@@ -47,7 +47,7 @@ class Cell:
         arm, task, seed: what was measured, on what, in which repetition.
         given: choices beyond these that decide the figures (a rate, a number of steps).
         figures, curves: see Measured.
-        seconds: that measuring took.
+        seconds: of processor time that measuring took, which other work on the machine does not change.
         machine: where: processor, threads.
         versions: of the libraries.
     """

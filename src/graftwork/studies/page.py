@@ -62,7 +62,10 @@ def _facts(used: Sequence[Cell], settings: Settings) -> str:
     seeds = f"Seeds {', '.join(str(seed) for seed in settings.seeds)}"
     machines = "; ".join(_once(cell.machine for cell in used))
     libraries = "; ".join(_once(", ".join(f"{k} {v}" for k, v in cell.versions.items()) for cell in used))
-    return f"{seeds}. Measured on {machines}; {libraries}; {_duration(sum(cell.seconds for cell in used))} in all."
+    return (
+        f"{seeds}. Measured on {machines}; {libraries}; {_duration(sum(cell.seconds for cell in used))} of "
+        "processor time in all."
+    )
 
 
 def _once(texts: Iterable[str]) -> list[str]:

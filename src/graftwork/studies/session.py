@@ -68,7 +68,7 @@ class Session:
         what = ", ".join([arm, task, f"seed {seed}", *(f"{name} {value}" for name, value in given.items())])
         self._watch(what, None)
         torch.manual_seed(seed)
-        start = time.perf_counter()
+        start = time.process_time()
         measured = measure()
         cell = Cell(
             arm=arm,
@@ -77,7 +77,7 @@ class Session:
             given=given,
             figures={name: float(value) for name, value in measured.figures.items()},
             curves={name: tuple(points) for name, points in measured.curves.items()},
-            seconds=round(time.perf_counter() - start, 1),
+            seconds=round(time.process_time() - start, 1),
             machine=self._machine,
             versions=self._versions,
         )
