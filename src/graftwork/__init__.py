@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from graftwork.engine.attach import attach, detach
     from graftwork.engine.lean_host import lean
     from graftwork.engine.merging import merge, unmerge
-    from graftwork.engine.verbs import active, adapters, route, trainable
+    from graftwork.engine.verbs import active, adapters, hints, route, trainable
     from graftwork.optimizers.galore import GaLore
     from graftwork.optimizers.natural_galore import NaturalGaLore
     from graftwork.reference.card import Card
@@ -65,6 +65,7 @@ _HOMES = {
     "cost": "graftwork.analysis.cost",
     "describe": "graftwork.reference.typology",
     "evaluate": "graftwork.training.evaluate",
+    "hints": "graftwork.engine.verbs",
     "lean": "graftwork.engine.lean_host",
     "load": "graftwork.adapters.store",
     "mam": "graftwork.techniques.together",

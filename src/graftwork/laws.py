@@ -15,6 +15,7 @@ import inspect
 import io
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 import graftwork as gw
 from graftwork.engine.adapter import Adapter
 from graftwork.engine.recompute import enable_checkpointing
+from graftwork.engine.verbs import reads_hints
 from graftwork.errors import NotComposable, NotMergeable, RouteError
 from graftwork.reference.properties import Port
 from graftwork.reference.site import Access, Kind
@@ -36,12 +38,25 @@ ROWS = 3
 
 def answer(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The model's main output: logits, or the last hidden state."""
-    out = model(**batch)
+    with told(model, batch):
+        out = model(**batch)
     for name in ("logits", "last_hidden_state", "logits_per_image"):
         found = getattr(out, name, None)
         if found is not None:
             return found
     return out[0] if isinstance(out, tuple) else out
+
+
+def told(model: nn.Module, batch: dict[str, Tensor]) -> AbstractContextManager[None]:
+    """A query and a passage for each row, made up, where an adapter reads them."""
+    if not reads_hints(model):
+        return contextlib.nullcontext()
+    rows = next(len(value) for value in batch.values() if isinstance(value, Tensor))
+    made = torch.randint(3, 90, (rows, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(rows, 4, dtype=torch.long)
+    mask[0, 0] = 0
+    query = {"input_ids": made[:, :4], "attention_mask": mask}
+    return gw.hints(model, query=query, passage={"input_ids": made[:, 4:]})
 
 
 def uncached(host: str) -> dict[str, Any]:
@@ -166,7 +181,9 @@ def less_itself_is_nothing(host: str, technique: Technique) -> None:
     else:
         close(answer(model, batch), base, 1e-5, "an adapter and its negative are not the base")
         assert not torch.equal(negative, base), "the negative changes nothing"
-    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.tensors().items()), "operand changed"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.tensors().items()), (
+        "operand changed"
+    )
 
 
 @torch.no_grad()

@@ -40,6 +40,8 @@ def cases() -> dict[str, Technique]:
         "multitask-prompt-tuning": gw.MultitaskPromptTuning(length=4, rank=2),
         "adapter-fusion": gw.AdapterFusion(of=("nli", "sentiment")),
         "p-tuning": gw.PTuning(length=4),
+        "query-prompt": gw.QueryPrompt(length=3, opening_ids=(5, 6), closing_ids=(7,), embedding="copy"),
+        "query-prompt-attention": gw.QueryPrompt(form="attention", opening_ids=(5,), dropout=0.0),
         "loreft": gw.LoReFT(rank=2, first=2, last=1, dropout=0.0),
         "lora-gated": gw.LoRA(rank=2, alpha=4, integration="gated addition"),  # type: ignore[arg-type]
         "adapter-gated": gw.BottleneckAdapter(width=4, integration="gated addition"),  # type: ignore[arg-type]

@@ -176,9 +176,8 @@ def _all_or_nothing(model: nn.Module, name: str) -> Iterator[None]:
         if name not in before and name in adapters(model):
             detach(model, name)
         if state and kept:
-            (state.active, state.route, _, state.chosen), state.training, state.unreached, state.ungraded = (
-                kept
-            )
+            choice, state.training, state.unreached, state.ungraded = kept
+            state.active, state.route, state.chosen = choice.active, choice.route, choice.chosen
         for adapter in before.values():
             for parameter in adapter.parameters():
                 parameter.requires_grad_(training[id(parameter)])

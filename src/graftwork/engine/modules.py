@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from graftwork.engine.hints import Hints as Hints
 
 if TYPE_CHECKING:
     from graftwork.engine.below import Below
@@ -122,6 +124,13 @@ class PrefixModule(nn.Module):
     shift_positions: int = 0
 
 
+class Positions(NamedTuple):
+    """Positions (N, C), or (B, N, C) for rows that have their own; a row has the first `counts` (B,) of them."""
+
+    values: Tensor
+    counts: Tensor | None = None
+
+
 class PromptModule(nn.Module):
     """Sequence port: `forward()` gives positions (N, C) put in at the stack's input, or (B, N, C) for rows that
     have their own.
@@ -131,10 +140,16 @@ class PromptModule(nn.Module):
     Attributes:
         front: before leading positions too that otherwise stay in front of a prompt (CLS).
         stays: the positions are left in the stack's output, for a head that reads them.
+        hinted: what it gives depends on the query and the passage of each row; `positions` is told them.
     """
 
     front: bool = False
     stays: bool = False
+    hinted: bool = False
+
+    def positions(self, hints: Hints | None) -> Positions:
+        """What is put in; hints are given where the module is `hinted`, and fit the batch."""
+        return Positions(self())
 
 
 class Linear(nn.Linear):
@@ -164,6 +179,33 @@ class LayerNorm(nn.LayerNorm):
         weight = None if self.weight is None else self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention with the parameters, and their start, of `nn.MultiheadAttention`, in the precision of its
+    input: queries (B, M, C) look at a signal (B, N, C) where a mask (B, N) is true."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.projection = Linear(width, 3 * width)
+        nn.init.xavier_uniform_(self.projection.weight)
+        self.output = Linear(width, width)
+        for layer in (self.projection, self.output):
+            nn.init.zeros_(layer.bias)
+        self.heads, self.dropout = heads, dropout
+
+    def forward(self, queries: Tensor, signal: Tensor, seen: Tensor) -> Tensor:
+        weights, biases = (
+            [each.to(signal.dtype) for each in tensor.chunk(3)]
+            for tensor in (self.projection.weight, self.projection.bias)
+        )
+        query, key, value = (
+            functional.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip((queries, signal, signal), weights, biases, strict=True)
+        )
+        dropout = self.dropout if self.training else 0.0
+        mixed = functional.scaled_dot_product_attention(query, key, value, seen[:, None, None], dropout)
+        return self.output(mixed.transpose(1, 2).flatten(2))
 
 
 def activation(name: str) -> nn.Module:

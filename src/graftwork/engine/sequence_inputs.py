@@ -42,6 +42,16 @@ def padding_mask(call: Call) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
+def _seen_by_the_last(call: Call, tokens: int) -> Tensor | None:
+    """(B, T) which positions the last one sees in a finished mask: those that are no padding."""
+    mask = call.get("attention_mask")
+    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return None
+    row = mask[:, 0, -1, :tokens]
+    return row >= 0 if row.is_floating_point() else row != 0
+
+
 def entering(module: nn.Module, facts: Facts, call: Call, slots: Slots) -> Call:
     """A call with the prompt put in; lays the slots out."""
     _refuse_unknown(facts, call, slots)
@@ -49,6 +59,8 @@ def entering(module: nn.Module, facts: Facts, call: Call, slots: Slots) -> Call:
     if embeds is None:
         embeds = module.get_input_embeddings()(call["input_ids"])  # type: ignore[operator]
     mask = padding_mask(call)
+    if mask is None and slots.placed:
+        mask = _seen_by_the_last(call, embeds.shape[1])
     layout = slots.lay_out(mask, len(embeds), facts.keep, facts.front, embeds.device)
     out = {**call, "input_ids": None, "inputs_embeds": layout.merge(slots.values(embeds), embeds)}
     out["attention_mask"] = wide_mask(call.get("attention_mask"), layout, embeds.shape[1], facts.causal, True)
@@ -99,20 +111,42 @@ def wide_mask(mask: Any, layout: Layout, total: int, causal: bool, prefill: bool
 def _wide_square(mask: Tensor, layout: Layout, causal: bool, prefill: bool) -> Tensor:
     """(B, H or 1, Q or 1, K) with n more columns and, where Q are all positions of a prefill, n more rows."""
     mask = mask.expand(len(layout.start), *mask.shape[1:])
-    wide = _columns(mask, _as(mask, layout.used())[:, None, None].expand(*mask.shape[:-1], -1), layout)
-    if not prefill or mask.shape[2] == 1:
+    rows = prefill and mask.shape[2] > 1
+    seeing = layout.used()[:, None].expand(-1, mask.shape[2], -1)
+    if (
+        causal and rows
+    ):  # what stands in front of the prompt does not see it; padding may, as it sees nothing else
+        itself = mask[:, 0].diagonal(dim1=1, dim2=2)
+        padding = itself < 0 if mask.is_floating_point() else itself == 0
+        behind = torch.arange(mask.shape[2], device=mask.device)[:, None] >= _behind(layout)
+        seeing = seeing & (behind | padding[..., None])
+    wide = _columns(mask, _as(mask, seeing)[:, None].expand(*mask.shape[:-1], -1), layout)
+    if not rows:
         return wide
     shown = layout.used()[:, None].expand(-1, layout.length, -1)
     if causal:
         shown = shown & torch.ones(layout.length, layout.length, dtype=torch.bool, device=mask.device).tril()
-        seen = _as(mask, torch.zeros(mask.shape[3], dtype=torch.bool, device=mask.device)).expand_as(
-            mask[:, :, :1]
-        )
+        seen = _in_front(mask, layout)
     else:
         seen = mask.amax(2, keepdim=True) if mask.is_floating_point() else mask.any(2, keepdim=True)
     seen = seen.expand(-1, -1, layout.length, -1)
     rows = _columns(seen, _as(mask, shown)[:, None].expand(*seen.shape[:-1], -1), layout)
     return layout.merge(rows.movedim(2, 1), wide.movedim(2, 1)).movedim(1, 2)
+
+
+def _in_front(mask: Tensor, layout: Layout) -> Tensor:
+    """(B, H or 1, 1, K) what a prompt sees of the row: what its first own position sees, in front of the prompt."""
+    first = (
+        layout.start.clamp(max=mask.shape[2] - 1)
+        .view(-1, 1, 1, 1)
+        .expand(-1, mask.shape[1], 1, mask.shape[3])
+    )
+    before = torch.arange(mask.shape[3], device=mask.device) < _behind(layout)[:, None]
+    return torch.where(before, mask.gather(2, first), _as(mask, torch.zeros_like(before)))
+
+
+def _behind(layout: Layout) -> Tensor:
+    return layout.start[:, None, None]
 
 
 def _columns(own: Tensor, slots: Tensor, layout: Layout) -> Tensor:
@@ -168,7 +202,8 @@ def positions(
         return base + layout.lengths[:, None]
     order = torch.arange(tokens, device=base.device)
     moved = base + torch.where(order < layout.start[:, None], 0, layout.lengths[:, None])
-    first = base.gather(1, layout.start.clamp(max=tokens - 1)[:, None])
+    start = layout.start[:, None]
+    first = base.gather(1, start.clamp(max=tokens - 1)) + (start >= tokens)
     slots = torch.where(layout.used(), first + torch.arange(layout.length, device=base.device), 0)
     return layout.merge(slots, moved)
 
@@ -202,8 +237,13 @@ def _check_room(facts: Facts, what: str, extra: int, past: Any, tokens: int, pla
 
 
 def check_reach(facts: Facts, call: Call, slots: Slots) -> None:
-    """Warn of a text whose end no layer can look back from to the prompt."""
+    """Refuse hints behind the end of a text; warn of a text whose end no layer can look back from to the prompt."""
     length = extent(call)[1]
+    if slots.furthest > length:
+        raise StateError(
+            f"{facts.where}: hints go behind position {slots.furthest}, rows have {length} positions; position "
+            "counts the real tokens in front of the hints"
+        )
     if 0 < facts.reach < length and not torch.compiler.is_compiling():
         warnings.warn(
             f"{facts.where}: every layer looks back through a sliding window, {facts.reach} positions "

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from graftwork.engine.hints import Hints
 from graftwork.engine.seat import Graft, Seat
 from graftwork.engine.sequence_layout import Layout, behind_one_another, leading, table
 from graftwork.engine.sequence_shift import Shift
@@ -24,6 +26,8 @@ class Share:
     """Slots of one adapter: put in at the stack's input, and overwritten at each layer (deep).
 
     `front`: before the positions that otherwise stay in front of a prompt. `stays`: left in the stack's output.
+    `used`: (B, length) which of them each row has, None: all. `position`: (B,) own positions in front of them,
+    `furthest` the most of these.
     """
 
     name: str
@@ -32,6 +36,9 @@ class Share:
     length: int
     front: bool
     stays: bool
+    used: Tensor | None = None
+    position: Tensor | None = None
+    furthest: int = 0
 
 
 class Slots:
@@ -69,6 +76,21 @@ class Slots:
         """Whether rows may differ in length (known without a look at the device)."""
         return len(set(self.sums)) > 1
 
+    @property
+    def placed(self) -> bool:
+        """Whether a prompt goes to a place of each sample's own."""
+        return any(share.position is not None for row in self.rows for share in row)
+
+    @property
+    def furthest(self) -> int:
+        """How many own positions a row needs so that its prompt finds its place (known without the device)."""
+        return max((share.furthest for row in self.rows for share in row), default=0)
+
+    @property
+    def partly(self) -> bool:
+        """Whether samples have different parts of one prompt."""
+        return any(share.used is not None for row in self.rows for share in row)
+
     def lay_out(
         self, mask: Tensor | None, batch: int, keep: int, front: bool, device: torch.device
     ) -> Layout:
@@ -77,12 +99,25 @@ class Slots:
         start = self._kept(batch, keep, device)
         if mask is not None:
             start = leading(mask, start)
-        counts = torch.tensor(self.sums, device=device)[self.row_of] if self.ragged else None
+        counts = self._counts(batch, device) if self.ragged or self.partly else None
         self.layout = Layout(self.length, start, counts, front)
         return self.layout
 
+    def _counts(self, batch: int, device: torch.device) -> Tensor:
+        """(B,) positions of each sample's prompt."""
+        if self.partly:
+            return self._used(batch, device).sum(1)
+        return torch.tensor(self.sums, device=device)[self.row_of]
+
     def _kept(self, batch: int, keep: int, device: torch.device) -> Tensor:
         """(B,) positions that stay in front of each row's prompt; all `keep` of them where it has none."""
+        if self.placed:
+            placed = [_placed(row) for row in self.rows]
+            rows = [
+                torch.full((batch,), keep, device=device) if position is None else position.to(device)
+                for position in placed
+            ]
+            return self._of_batch(torch.stack(rows), batch, own=True)
         kept = [0 if keep and _is_front(row) else keep for row in self.rows]
         if self.row_of is None or len(set(kept)) == 1:
             return torch.full((batch,), kept[0], device=device)
@@ -91,14 +126,16 @@ class Slots:
     def values(self, like: Tensor) -> Tensor:
         """(B, n, C) what is put in at the stack; zeros where layers will overwrite."""
         rows = [[piece for share in row for piece in _entering(share, like)] for row in self.rows]
-        return self._of_batch(table(rows, self.length, like), len(like))
+        values = self._of_batch(table(rows, self.length, like), len(like))
+        return self._packed(values)
 
     def deep(self, seat: Seat, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         """(B, n, C) what a layer puts in its slots and (B, n) which ones, None when it puts nothing."""
         here = dict(seat.running(Port.SEQUENCE))
         if not any(share.name in here for row in self.rows for share in row):
             return None
-        made = {name: _made(grafts) for name, grafts in here.items()}
+        batch = len(hidden)
+        made = {name: _even(seat, name, _made(seat, grafts, batch)) for name, grafts in here.items()}
         for row in self.rows:
             for share in row:
                 _check_deep(seat, share, made.get(share.name))
@@ -107,12 +144,27 @@ class Slots:
         full = torch.tensor(
             [flags + [False] * (self.length - len(flags)) for flags in mask], device=hidden.device
         )
-        batch = len(hidden)
-        return self._of_batch(table(rows, self.length, hidden), batch), self._of_batch(full, batch)
+        values = self._of_batch(table(rows, self.length, hidden), batch)
+        return self._packed(values), self._packed(self._of_batch(full, batch))
 
-    def _of_batch(self, rows: Tensor, batch: int) -> Tensor:
-        """(R, ...) or (R, B, n, C) of distinct rows -> (B, ...) of the samples."""
-        if rows.dim() == 4:
+    def _packed(self, values: Tensor) -> Tensor:
+        """(B, n, ...) with the positions that a sample has in front."""
+        if not self.partly:
+            return values
+        order = self._used(len(values), values.device).logical_not().long().argsort(stable=True, dim=1)
+        return values.gather(1, order.view(*order.shape, *(1,) * (values.dim() - 2)).expand_as(values))
+
+    def _used(self, batch: int, device: torch.device) -> Tensor:
+        """(B, n) which positions of the table of values a sample has."""
+        rows = [[_has(share, batch, device) for share in row] for row in self.rows]
+        none = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+        made = [torch.cat([none, *row], 1) for row in rows]
+        wide = [functional.pad(row, (0, self.length - row.shape[1])) for row in made]
+        return self._of_batch(torch.stack(wide), batch, own=True)
+
+    def _of_batch(self, rows: Tensor, batch: int, own: bool = False) -> Tensor:
+        """(R, ...), or (R, B, ...) where samples have their `own`, of distinct rows -> (B, ...) of the samples."""
+        if own or rows.dim() == 4:
             return self._of_own(rows, batch)
         if self.row_of is None:
             return rows.expand(batch, *rows.shape[1:])
@@ -150,16 +202,15 @@ def compose(
 ) -> Slots | None:
     """The slots that running prompts of a stack (and of its layers, deep) ask for; None when none runs."""
     state = seat.state
-    shares = [share for name in state.serving if (share := _share(seat, layers, name)) is not None]
+    if not any(one.at(Port.SEQUENCE).get(name) for one in (seat, *layers) for name in state.serving):
+        return None
+    route, tracing = state.rows, torch.compiler.is_compiling()  # a compiled graph must serve any index
+    used = [name for name in state.serving if route is None or tracing or route.uses(name)]
+    shares = [share for name in used if (share := _share(seat, layers, name, batch)) is not None]
     if not shares:
         return None
-    route = state.rows
     if route is None:
         return Slots([shares], None, causal)
-    tracing = torch.compiler.is_compiling()  # a compiled graph must serve any index
-    shares = [share for share in shares if tracing or route.uses(share.name)]
-    if not shares:
-        return None
     if route.per_token:
         raise RouteError(
             f"{seat.path or 'the model'}: positions of a prompt ({', '.join(s.name for s in shares)})"
@@ -175,7 +226,7 @@ def compose(
     return Slots([*([share] for share in shares), *empty], row_of, causal)
 
 
-def _share(seat: Seat, layers: tuple[Seat, ...], name: str) -> Share | None:
+def _share(seat: Seat, layers: tuple[Seat, ...], name: str, batch: int) -> Share | None:
     shallow = seat.at(Port.SEQUENCE).get(name, ())
     deeper = [layer.at(Port.SEQUENCE).get(name, ()) for layer in layers]
     if not shallow and not any(deeper):
@@ -187,11 +238,32 @@ def _share(seat: Seat, layers: tuple[Seat, ...], name: str) -> Share | None:
                 f"deep prompt {name!r} begins behind the first layer of {seat.path or 'the model'}, where "
                 "its slots would already take part. Give it the first layer too (layers='first 2', or 'all')"
             )
-        deep = _made(deeper[0]).shape[-2]
-    entering = _made(shallow) if shallow else None
+        deep = _even(seat, name, _made(seat, deeper[0], batch)).shape[-2]
+    entering, used = _made(seat, shallow, batch) if shallow else (None, None)
     modules = [graft.module for grafts in (shallow, *deeper) for graft in grafts]
-    front, stays = (any(getattr(module, asked) for module in modules) for asked in ("front", "stays"))
-    return Share(name, entering, deep, deep + (0 if entering is None else entering.shape[-2]), front, stays)
+    front, stays, hinted = (any(getattr(m, asked) for m in modules) for asked in ("front", "stays", "hinted"))
+    hints = _hints(seat, name, batch) if hinted else None
+    return Share(
+        name,
+        entering,
+        deep,
+        deep + (0 if entering is None else entering.shape[-2]),
+        front,
+        stays,
+        None if used is None else functional.pad(used, (0, deep), value=True),
+        None if hints is None else hints.position,
+        0 if hints is None else hints.furthest,
+    )
+
+
+def _hints(seat: Seat, name: str, batch: int) -> Hints:
+    hints = seat.state.hints
+    if hints is None:
+        raise StateError(
+            f"{name!r} writes hints from the query and the passage of each row, and none are set: "
+            "with graftwork.hints(model, query=..., passage=...): model(...)"
+        )
+    return hints.fit(batch)
 
 
 def _agreed(rows: list[list[Share]]) -> bool:
@@ -203,6 +275,25 @@ def _agreed(rows: list[list[Share]]) -> bool:
             f"prompt {', '.join(names)} stays in the output and the others do not; run them in calls of their own"
         )
     return stays == {True}
+
+
+def _placed(row: list[Share]) -> Tensor | None:
+    """(B,) where a row's prompt goes; None at the front."""
+    places = [share.position for share in row if share.position is not None]
+    others = [repr(share.name) for share in row if share.position is None]
+    if places and others:
+        raise StateError(
+            f"hints have a position of their own and prompt {', '.join(others)} goes to the front, so one row cannot "
+            "have both; run them one at a time, or set the hints without a position"
+        )
+    return places[0] if places else None
+
+
+def _has(share: Share, batch: int, device: torch.device) -> Tensor:
+    """(B, length) which positions of a share each sample has."""
+    if share.used is not None:
+        return share.used
+    return torch.ones(batch, share.length, dtype=torch.bool, device=device)
 
 
 def _is_front(row: list[Share]) -> bool:
@@ -217,9 +308,28 @@ def _is_front(row: list[Share]) -> bool:
     return bool(front)
 
 
-def _made(grafts: tuple[Graft, ...]) -> Tensor:
-    made = [graft.module() for graft in grafts]
-    return behind_one_another(made, made)
+def _made(seat: Seat, grafts: tuple[Graft, ...], batch: int) -> tuple[Tensor, Tensor | None]:
+    """Positions (n, C) or (B, n, C) of one adapter, and (B, n) which of them each sample has (None: all)."""
+    made = [
+        graft.module.positions(_hints(seat, graft.adapter, batch) if graft.module.hinted else None)
+        for graft in grafts
+    ]
+    values = [one.values for one in made]
+    if all(one.counts is None for one in made):
+        return behind_one_another(values, values), None
+    used = [
+        torch.arange(one.values.shape[-2], device=one.values.device)
+        < (one.values.shape[-2] if one.counts is None else one.counts[:, None])
+        for one in made
+    ]
+    return behind_one_another(values, values), torch.cat([each.expand(batch, -1) for each in used], 1)
+
+
+def _even(seat: Seat, name: str, made: tuple[Tensor, Tensor | None]) -> Tensor:
+    """Positions of a deep prompt, of which every sample has all."""
+    if made[1] is not None:
+        raise StateError(f"{seat.path}: deep prompt {name!r} has different numbers of positions for its rows")
+    return made[0]
 
 
 def _entering(share: Share, like: Tensor) -> list[Tensor]:

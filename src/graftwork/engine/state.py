@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from graftwork.engine.adapter import Adapter
     from graftwork.engine.chosen import Chosen
+    from graftwork.engine.hints import Hints
 
 
 Routing = Route | Blend
@@ -49,6 +50,7 @@ class Snapshot(NamedTuple):
     route: Routing | None
     slots: Any = None
     chosen: Chosen | None = None
+    hints: Hints | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,6 +69,7 @@ class State:
             is not here.
         route: which adapter serves which sample or token, or how they blend, or None.
         chosen: the router that decides the route of each forward of the model, or None.
+        hints: the query and the passage of each row, for modules that write hints from them, or None.
         slots: where the stack that is running has put extra positions, for its layers (sequence port), or
             None.
         merged: names folded into the base weights.
@@ -92,6 +95,7 @@ class State:
         self.training: tuple[str, ...] = ()
         self.route: Routing | None = None
         self.chosen: Chosen | None = None
+        self.hints: Hints | None = None
         self.slots: Any = None
         self.merged: tuple[str, ...] = ()
         self.before_merge: tuple[str, ...] = ()
@@ -142,7 +146,7 @@ class State:
 
     def snapshot(self) -> Snapshot:
         """What runs now."""
-        return Snapshot(self.active, self.route, self.slots, self.chosen)
+        return Snapshot(self.active, self.route, self.slots, self.chosen, self.hints)
 
     def choice(self) -> Snapshot:
         """What the present thread has chosen to run."""
@@ -177,7 +181,7 @@ class State:
                 self._install(before)
 
     def _install(self, choice: Snapshot) -> None:
-        self.active, self.route, self.slots, self.chosen = choice
+        self.active, self.route, self.slots, self.chosen, self.hints = choice
 
     def _check_present(self, choice: Snapshot | None) -> None:
         for name in () if choice is None else choice.names:

@@ -15,10 +15,11 @@ from graftwork.engine.adapter import Adapter
 from graftwork.engine.attach import require, state_of
 from graftwork.engine.blend import Blend
 from graftwork.engine.chosen import Chosen, Router
+from graftwork.engine.hints import Encoding, hints_of
 from graftwork.engine.route import Route
 from graftwork.engine.seat import seat_of
 from graftwork.engine.state import Routing, Snapshot, State
-from graftwork.errors import RouteError, StateError
+from graftwork.errors import BadData, RouteError, StateError
 from graftwork.reference.properties import Port
 
 
@@ -121,6 +122,41 @@ def route(
     return Restore(lambda: state.choose(state.choice()._replace(route=before.route, chosen=before.chosen)))
 
 
+def hints(
+    model: nn.Module,
+    *,
+    query: Encoding | None = None,
+    passage: Encoding | None = None,
+    position: Tensor | None = None,
+) -> Restore:
+    """Tell adapters that write hints (query-prompt) which query and passage each row of the next batches is about.
+
+    Args:
+        query, passage: `input_ids` (B, M) and `attention_mask` as a tokenizer gives them; tokens that the mask hides
+            are not used. Neither ends the hints.
+        position: (B,) number of real positions that stay in front of the hints; None puts them at the front.
+
+    Raises BadData for rows, masks, tokens or positions that do not fit, StateError where no adapter reads hints.
+    """
+    state = state_of(model)
+    if (query is None) != (passage is None) or (position is not None and query is None):
+        raise BadData("hints need a query and a passage; hints(model) alone ends them")
+    if query is not None and not reads_hints(model):
+        raise StateError(
+            f"no attached adapter reads hints ({', '.join(state.adapters) or 'none'} attached); attach QueryPrompt"
+        )
+    found = None if query is None or passage is None else hints_of(model, query, passage, position)
+    before = state.choice()
+    state.choose(before._replace(hints=found))
+    return Restore(lambda: state.choose(state.choice()._replace(hints=before.hints)))
+
+
+def reads_hints(model: nn.Module) -> bool:
+    """Whether an attached adapter writes hints from queries and passages."""
+    modules = (module for adapter in adapters(model).values() for module in adapter.modules.values())
+    return any(getattr(module, "hinted", False) for module in modules)
+
+
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
     """Attach and detach within, and leave what is active, routed and trainable as it was."""
@@ -132,10 +168,11 @@ def as_found(model: nn.Module) -> Iterator[None]:
     finally:
         if adapters(model):
             state = state_of(model)
-            (active, route, _, chosen), training = kept
-            state.active = tuple(name for name in active if name in state.adapters)
+            choice, training = kept
+            state.active = tuple(name for name in choice.active if name in state.adapters)
             state.training = tuple(name for name in training if name in state.adapters)
-            state.route, state.chosen, state.ungraded = route, chosen, state.ungraded and bool(training)
+            state.route, state.chosen = choice.route, choice.chosen
+            state.ungraded = state.ungraded and bool(training)
             for adapter in state.adapters.values():
                 for parameter in adapter.parameters():
                     parameter.requires_grad_(flags.get(id(parameter), False))

@@ -1,0 +1,142 @@
+"""Q-PEFT: positions written from each row's query and passage (Peng et al. 2024, arXiv:2404.04522).
+
+The embedded sequence becomes [before ; H ; behind] with H = MLP([E'[opening] ; s ; E'[closing]]), and
+    retrieval  s = E'[the k passage tokens that are nearest, by cosine, to a query token: E'[q] against E[d]]
+    attention  s = MHA(E'[q], E[d], E[d]), one for each query token
+E is the host's embedding, E' the same or a trained copy. Queries, passages and the place are given by
+`graftwork.hints`. The choice is not differentiable. It is not the identity: attaching changes the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from graftwork.engine.modules import CrossAttention, Hints, Linear, Positions, PromptModule
+from graftwork.errors import BadOption, PortUnavailable
+from graftwork.reference.card import Card, Insertions
+from graftwork.reference.catalogue import register
+from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
+from graftwork.reference.site import Site
+from graftwork.reference.technique import AtLeast, Between, Technique
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class QueryPrompt(Technique):
+    """Put in positions that depend on the query and the passage of each row.
+
+    Args:
+        form: "retrieval" or "attention".
+        length: k of the retrieval form; fewer tokens than that are repeated in order (published: drawn at random).
+        depth: of the MLP: depth + 1 linear layers of the embedding's width; 0 is none.
+        embedding: E' is the host's own ("shared") or a trained "copy", as in the published runs: a whole vocabulary.
+        distinct, unasked: leave out a passage's repeated tokens; those that occur in the query, unless none is left.
+        heads, dropout: of the attention form.
+        opening, closing: words around s (published: "hints: " and a newline). opening_ids, closing_ids: their tokens.
+    """
+
+    published: ClassVar[Card] = Card(
+        intra_connectivity=IntraConnectivity.NONLINEAR,
+        adaptation=Adaptation.ADDITION,
+        input=Input.DATA,
+        insertion=Insertion.PARALLEL,
+        insertions=Insertions.ONE,
+        integration=Integration.CONCATENATION,
+        workspaces=("encoder.embedding|embedding",),
+        linear=False,
+        identity_at_init=False,
+        token_wise=False,
+        formula="X' = [before ; MLP(E'[top-k tokens]) ; behind], or MLP(MHA(E'[q], E[d], E[d]))",
+        parameters="(depth + 1) (D^2 + D); attention 4 D^2 + 4 D more; copy V D more",
+        citation="Peng et al. 2024, Q-PEFT, arXiv:2404.04522",
+    )
+
+    form: Literal["retrieval", "attention"] = "retrieval"
+    length: Annotated[int, AtLeast(1)] = 15
+    depth: Annotated[int, AtLeast(0)] = 1
+    embedding: Literal["shared", "copy"] = "shared"
+    distinct: bool = True
+    unasked: bool = False
+    heads: Annotated[int, AtLeast(1)] = 2
+    dropout: Annotated[float, Between(0, 1)] = 0.1
+    opening: str = ""
+    closing: str = ""
+    opening_ids: tuple[int, ...] = ()
+    closing_ids: tuple[int, ...] = ()
+
+    def tokenized(self, encode: Callable[[str], Sequence[int]]) -> QueryPrompt:
+        opening = self.opening_ids or tuple(encode(self.opening) if self.opening else ())
+        closing = self.closing_ids or tuple(encode(self.closing) if self.closing else ())
+        return replace(self, opening_ids=opening, closing_ids=closing)
+
+    def build(self, site: Site) -> nn.Module:
+        for text, ids in ((self.opening, self.opening_ids), (self.closing, self.closing_ids)):
+            if text and not ids:
+                raise BadOption(
+                    f"{self.name}: {text!r} has no ids; attach technique.tokenized(tokenizer.encode)"
+                )
+        if site.matrix is None:
+            raise PortUnavailable(
+                f"{self.name}: {site.key} has no vocabulary to read queries and passages with"
+            )
+        if self.form == "retrieval":
+            if not self.depth and self.embedding == "shared":
+                raise BadOption(f"{self.name}: depth=0 with a shared embedding leaves nothing to train")
+            return Retrieved(self, site.width, site.matrix)
+        if site.width % self.heads:
+            raise BadOption(f"{self.name}: width {site.width} is no multiple of heads={self.heads}")
+        return Attended(self, site.width, site.matrix)
+
+
+class Written(PromptModule):
+    """What both forms share: E', the words, the MLP."""
+
+    hinted = True
+
+    def __init__(self, technique: QueryPrompt, width: int, table: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.technique = technique
+        self.table = nn.Parameter(table().mT.clone()) if technique.embedding == "copy" else None
+        for name, ids in (("opening", technique.opening_ids), ("closing", technique.closing_ids)):
+            self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
+        layers = [Linear(width, width) for _ in range(technique.depth + 1 if technique.depth else 0)]
+        self.mlp = nn.Sequential(*[each for layer in layers for each in (layer, nn.ReLU())][:-1])
+
+    def rows(self, ids: Tensor, hints: Hints) -> Tensor:
+        """E' of ids."""
+        if self.table is None:
+            return hints.embed(ids)
+        return functional.embedding(ids, self.table).to(hints.dtype)
+
+    def positions(self, hints: Hints | None) -> Positions:
+        return self(hints)
+
+
+class Retrieved(Written):
+    def forward(self, hints: Hints) -> Positions:
+        ask = self.technique
+        with torch.no_grad():
+            asked, given = self.rows(hints.query, hints), hints.embed(hints.passage)
+            seen = hints.seen(ask.distinct, ask.unasked)
+            chosen = hints.nearest(asked, given, seen, ask.length, ask.distinct)
+        words = [ids.expand(len(chosen), -1) for ids in (self.opening, self.closing)]
+        return Positions(self.mlp(self.rows(torch.cat([words[0], chosen, words[1]], 1), hints)))
+
+
+class Attended(Written):
+    def __init__(self, technique: QueryPrompt, width: int, table: Callable[[], Tensor]) -> None:
+        super().__init__(technique, width, table)
+        self.attention = CrossAttention(width, technique.heads, technique.dropout)
+
+    def forward(self, hints: Hints) -> Positions:
+        seen = hints.seen(self.technique.distinct, self.technique.unasked)
+        mixed = self.attention(self.rows(hints.query, hints), hints.embed(hints.passage), seen)
+        sides = [self.rows(ids, hints).expand(len(mixed), -1, -1) for ids in (self.opening, self.closing)]
+        values, counts = hints.packed(sides[0], mixed, sides[1])
+        return Positions(self.mlp(values), counts)
