@@ -60,8 +60,9 @@ def gather(seat: Seat, key: Tensor, value: Tensor) -> Prefix | None:
             f"{seat.path}: a prefix is read by a whole row's attention and cannot be routed per token "
             f"({', '.join(name for name, _ in running)}). Route per sample: an index of shape (batch,)"
         )
-    parts = [_of_adapter(seat, grafts, key, value) for _, grafts in running]
-    gates = _gates(seat, running, key)
+    pairs = [_of_adapter(seat, grafts, key, value) for _, grafts in running]
+    parts = [(torch.cat([k for k, _ in each]), torch.cat([v for _, v in each])) for each in pairs]
+    gates = _gates(seat, running, pairs)
     if route is None:
         keys, values = [torch.cat(side).expand(len(key), -1, -1) for side in zip(*parts, strict=True)]
         if gates is not None:
@@ -75,23 +76,23 @@ def gather(seat: Seat, key: Tensor, value: Tensor) -> Prefix | None:
     return Prefix(_heads(keys, key), _heads(values, value), seen, _shift(seat))
 
 
-def _gates(seat: Seat, running: Running, like: Tensor) -> list[Tensor] | None:
+def _gates(seat: Seat, running: Running, pairs: list[list[tuple[Tensor, Tensor]]]) -> list[Tensor] | None:
     """(N, B) of each adapter: how far a row's gate lets its values through; None where none has a gate."""
-    if not any(_gate(graft) for _, grafts in running for graft in grafts):
+    gates = [[getattr(graft.module, "gate", None) for graft in grafts] for _, grafts in running]
+    if not any(gate is not None for each in gates for gate in each):
         return None
     x, seat.kept = seat.kept, None
     assert x is not None  # kept by the attention module's own call
-    return [torch.cat([_opened(graft, x, like) for graft in grafts]) for _, grafts in running]
+    return [
+        torch.cat([_opened(gate, x, values) for gate, (_, values) in zip(each, own, strict=True)])
+        for each, own in zip(gates, pairs, strict=True)
+    ]
 
 
-def _gate(graft: Graft) -> nn.Module | None:
-    return getattr(graft.module, "gate", None)
-
-
-def _opened(graft: Graft, x: Tensor, like: Tensor) -> Tensor:
-    gate = _gate(graft)
-    rows = like.new_ones(len(like)) if gate is None else gate(x).to(like.dtype)
-    return rows.expand(graft.module.length, -1)
+def _opened(gate: nn.Module | None, x: Tensor, values: Tensor) -> Tensor:
+    """(N, B) the gate of each row, for each of its values (N, W)."""
+    rows = values.new_ones(len(x)) if gate is None else gate(x).to(values.dtype)
+    return rows.expand(len(values), -1)
 
 
 def _shift(seat: Seat) -> Shift | None:
@@ -100,8 +101,10 @@ def _shift(seat: Seat) -> Shift | None:
     return shift if shift is not None and shift.bias is not None and shifts(seat) else None
 
 
-def _of_adapter(seat: Seat, grafts: tuple[Graft, ...], key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (N, W) of one adapter here."""
+def _of_adapter(
+    seat: Seat, grafts: tuple[Graft, ...], key: Tensor, value: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (N, W) of each graft of one adapter here."""
     pairs = [graft.module() for graft in grafts]
     for graft, (keys, values) in zip(grafts, pairs, strict=True):
         widths, wanted = (keys.shape[-1], values.shape[-1]), (_width(key), _width(value))
@@ -110,8 +113,7 @@ def _of_adapter(seat: Seat, grafts: tuple[Graft, ...], key: Tensor, value: Tenso
                 f"{seat.path}: prefix {graft.adapter!r} has keys and values of width {widths}, "
                 f"this attention of {wanted}; build it with the widths of site {graft.site.key}"
             )
-    keys, values = (torch.cat(side) for side in zip(*pairs, strict=True))
-    return keys.to(key.dtype), values.to(value.dtype)
+    return [(keys.to(key.dtype), values.to(value.dtype)) for keys, values in pairs]
 
 
 def _width(states: Tensor) -> int:

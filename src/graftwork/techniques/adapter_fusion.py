@@ -68,6 +68,8 @@ class AdapterFusion(Technique):
 
 
 class Fusion(HiddenModule):
+    fused: tuple[tuple[nn.Module, float], ...]
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.query = Linear(width, width, bias=False)

@@ -74,7 +74,6 @@ class PrefixTuning(Technique):
         widths = site.key_width, site.value_width
         made = Prefix(self.length, *widths) if self.hidden is None else Written(self.hidden, *widths)
         made.shift_positions = self.shift_positions
-        made.length = self.length
         if self.gated:
             made.gate = Gate(site.channels_in)
         return made
