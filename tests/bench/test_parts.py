@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_hosts import BERT, LLAMA
 
-from graftwork.bench.parts import files, inactive, many, merge, mixed, peak, saved, step
+from graftwork.bench.parts import crowd, files, inactive, many, merge, mixed, peak, saved, shelf, step
 from graftwork.bench.settings import Settings
 from graftwork.bench.table import Table
 from graftwork.bench.variants import FLOOR, FULL, variants
@@ -116,3 +116,24 @@ def test_parts_about_many_adapters_files_and_merging() -> None:
     assert [goal.verdict for goal in table.goals] == ["reached"]
     (table,) = files.measure(bed())
     assert column(table, "KiB on disk")["graftwork"] > LORA * 4 / 1024
+
+
+def test_a_crowd_of_adapters_and_tokens_of_two_domains() -> None:
+    (table,) = crowd.measure(bed(), count=3, lengths=(1,))
+    assert [row[:2] for row in table.rows] == [
+        ("3 x 1", crowd.ONE),
+        ("3 x 1", crowd.EACH),
+        (f"{crowd.ROWS} x {crowd.TOKENS}", crowd.ONE),
+        (f"{crowd.ROWS} x {crowd.TOKENS}", crowd.DOMAINS),
+        (f"{crowd.ROWS} x {crowd.TOKENS}, trained", crowd.ONE),
+        (f"{crowd.ROWS} x {crowd.TOKENS}, trained", crowd.DOMAINS),
+    ]
+    assert all(row[2] > 0 for row in table.rows)
+
+
+def test_a_shelf_holds_no_more_on_the_model_than_it_has_places() -> None:
+    (table,) = shelf.measure(bed(), registered=5, used=2)
+    attached, few, many = (row[4] for row in table.rows)
+    one = LAYERS * 2 * shelf.RANK * 2 * HIDDEN * 4 / 2**20
+    assert attached == few == many == pytest.approx(2 * one)
+    assert [row[5] for row in table.rows] == [None, pytest.approx(2 * one), pytest.approx(5 * one)]

@@ -16,6 +16,8 @@ PARTS = {
     "spectral": "initialising from the singular directions of a large matrix",
     "peak": "bytes at the highest point of a step",
     "mixed": "eight adapters in one batch",
+    "crowd": "64 rows over 64 adapters, and tokens of two domains",
+    "shelf": "a thousand registered adapters of which a batch uses 32",
     "many": "attaching and switching among 64 adapters",
     "inactive": "what an adapter costs that is switched off",
     "merge": "merging and unmerging",

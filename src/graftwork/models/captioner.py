@@ -62,6 +62,7 @@ class Captioner(LlavaForConditionalGeneration):
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__(config)
         self.model.multi_modal_projector = _connector(config)
+        self.loss_type = "ForCausalLM"  # transformers would look for it in the class's name
 
 
 AutoConfig.register(CaptionerConfig.model_type, CaptionerConfig)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,12 +105,19 @@ class Shelf:
         """What is on the model now, the longest unused first."""
         return tuple(self._resident)
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Begin to read files into host memory, in a thread of its own; `serve` waits for what it needs."""
+    def prefetch(self, names: Sequence[str], *, wait: bool = False) -> None:
+        """Begin to read files into host memory, in a thread of its own; `serve` waits for what it needs.
+
+        Args:
+            wait: until they are read; raises what reading them raises.
+        """
         with self._lock:
             for name in names:
                 self._require(name)
-                self._fetch(name)
+            begun = [self._fetch(name) for name in names]
+        if wait:
+            for each in begun:
+                each.result()
 
     @contextmanager
     def serve(self, rows: Sequence[str | None]) -> Iterator[None]:
