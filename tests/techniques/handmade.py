@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graftwork.engine.seat import Graft
 from graftwork.reference.site import Kind, Side, Site
 from graftwork.reference.technique import Technique
+from graftwork.techniques.bottleneck_adapter import BottleneckAdapter
 
 WIDTH, NARROW, WIDE, LENGTH, VOCABULARY = 16, 4, 64, 5, 23
 
@@ -106,7 +109,8 @@ EXPERTS = Site(
     matrix=lambda: values(3, WIDTH, WIDE),
 )
 # What some techniques must be told, or need at the narrow sites here.
-NEEDS: dict[str, dict[str, int]] = {
+NEEDS: dict[str, dict[str, Any]] = {
+    "adapter-fusion": {"of": ("nli", "sentiment")},
     "oft": {"block": 4},
     "adalora": {"total_steps": 10},
     "miss": {"rank": 8},
@@ -123,13 +127,24 @@ def smallest(kind: type[Technique]) -> Technique:
 
 
 def build(technique: Technique, sites: Sequence[Site]) -> list[nn.Module]:
-    """The modules of one adapter, with what they share."""
+    """The modules of one adapter, with what they share and whom they meet."""
     modules = [technique.build(site) for site in sites]
+    for module, site in zip(modules, sites, strict=True):
+        if technique.others():
+            module.meet({name: (partner(name, site),) for name in technique.others()})  # type: ignore[operator]
     shared = technique.shared(sites)
     if shared is not None:
         for module in modules:
             module.adopt(shared)  # type: ignore[operator]
     return modules
+
+
+def partner(name: str, site: Site) -> Graft:
+    """What another adapter has at a site."""
+    technique = BottleneckAdapter(width=NARROW)
+    with torch.device("cpu"):
+        module = jittered(technique.build(site), seed=len(name))
+    return Graft(name, technique.name, site, technique.card, module)
 
 
 def build_one(technique: Technique, site: Site | None = None) -> nn.Module:

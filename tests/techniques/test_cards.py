@@ -210,6 +210,8 @@ def anything(hint: Any) -> st.SearchStrategy[Any]:
         return st.dictionaries(st.sampled_from(["0/attention.query", "head"]), anything(inner[1]))
     if hint is str:
         return st.text()
+    if hint == tuple[str, ...]:
+        return st.lists(st.text())
     if hint == tuple[int, ...]:
         return st.lists(st.integers(0, 99))
     if get_origin(hint) is UnionType:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from graftwork.engine.modules import PromptModule
 from graftwork.errors import BadOption
 from graftwork.initialisers.rows import prompt_rows
-from graftwork.reference.card import Card, Insertions, Sharing
+from graftwork.reference.card import Card, Insertions
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
 from graftwork.reference.site import Site
@@ -46,7 +46,6 @@ class MultitaskPromptTuning(Technique):
     published: ClassVar[Card] = Card(
         intra_connectivity=IntraConnectivity.EMBEDDING,
         adaptation=Adaptation.ADDITION,
-        sharing=Sharing.NONE,
         input=Input.DATA,
         insertion=Insertion.PARALLEL,
         insertions=Insertions.ONE,
