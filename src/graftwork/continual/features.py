@@ -48,10 +48,16 @@ def queries(model: nn.Module, samples: Samples, pooling: Pooling, batch_size: in
     model.eval()
     try:
         with torch.no_grad(), active(model) if adapters(model) else nullcontext():
-            parts = [features(model, part.inputs, pooling) for part in samples.batches(batch_size)]
+            batches = (part.to(device_of(model)) for part in samples.batches(batch_size))
+            parts = [features(model, part.inputs, pooling) for part in batches]
     finally:
         model.train(training)
     return torch.cat(parts)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    return next(model.parameters()).device
 
 
 def check_pooling(pooling: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
+from graftwork.continual.features import device_of
 from graftwork.continual.method import Method
 from graftwork.continual.samples import Samples
 from graftwork.reference.technique import Above, AtLeast, check_options
@@ -60,7 +61,7 @@ class Learning:
         optimizer = self._optimizer(parameters)
         scheduler = self._scheduler(optimizer, len(train))
         for numbers in self._order(len(train)):
-            method.loss(train.take(numbers), numbers).backward()
+            method.loss(train.take(numbers).to(device_of(method.model)), numbers).backward()
             if self.clip is not None:
                 nn.utils.clip_grad_norm_(parameters, self.clip)
             optimizer.step()

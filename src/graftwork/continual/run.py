@@ -21,6 +21,7 @@ from torch import Tensor
 from graftwork.adapters.base import identify
 from graftwork.adapters.disk import write_atomically
 from graftwork.continual import metrics
+from graftwork.continual.features import device_of
 from graftwork.continual.learning import Learning
 from graftwork.continual.method import Method
 from graftwork.continual.samples import Samples
@@ -94,7 +95,8 @@ def accuracy(method: Method, samples: Samples) -> float:
     """Share of samples whose class a learner predicts, without knowing their task."""
     method.model.eval()
     with torch.no_grad():
-        right = sum(int((method.predict(part) == part.labels).sum()) for part in samples.batches(_EVALUATED))
+        batches = (part.to(device_of(method.model)) for part in samples.batches(_EVALUATED))
+        right = sum(int((method.predict(part) == part.labels).sum()) for part in batches)
     return right / len(samples)
 
 

@@ -70,6 +70,11 @@ class Samples:
         chosen = {name: values.index_select(0, numbers) for name, values in self.inputs.items()}
         return Samples(_trimmed(chosen), self.labels.index_select(0, numbers))
 
+    def to(self, device: torch.device) -> Samples:
+        """The same samples on a device."""
+        inputs = {name: values.to(device) for name, values in self.inputs.items()}
+        return Samples(inputs, self.labels.to(device))
+
     def of_classes(self, classes: Sequence[int]) -> Samples:
         """The samples of some classes."""
         numbers = torch.isin(self.labels, torch.tensor(classes)).nonzero().squeeze(1)
