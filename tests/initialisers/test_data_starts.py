@@ -506,6 +506,13 @@ def test_tables_have_no_inputs_to_read() -> None:
         )
 
 
+def test_ranks_given_by_hand_stay_and_a_rank_of_0_asks_for_nothing() -> None:
+    ranks = {"0/attention.query": 3, "1/attention.query": 0}
+    technique = gw.LoRA(rank=2, init="eva", rank_by_site=ranks, workspaces=("attention.query",))
+    adapter = gw.attach(tiny("llama"), technique, calibration=[tiny_batch("llama")])
+    assert {key: len(module.down) for (_, key), module in adapter.modules.items()} == {"0/attention.query": 3}
+
+
 def test_ranks_of_sites_that_are_not_there() -> None:
     with pytest.raises(UnknownName, match=r"Did you mean 0/attention\.query"):
         gw.attach(tiny("llama"), gw.LoRA(rank=2, rank_by_site={"0/attention.qeury": 3}))

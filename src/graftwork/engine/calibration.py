@@ -51,7 +51,8 @@ def with_statistics(
     if not needing:
         names = ", ".join(dict.fromkeys(technique.name for _, technique, _ in wanted))
         raise BadOption(f"calibration data are given, but {names} asks for none: leave out calibration=")
-    asked = [(number, site, t.gathers(site)) for number, (_, t, site) in enumerate(wanted)]
+    kept = [(number, t, site) for number, (_, t, site) in enumerate(wanted) if not t.omits(site)]
+    asked = [(number, site, t.gathers(site)) for number, t, site in kept]
     targets = {number: Target(site, statistic) for number, site, statistic in asked if statistic is not None}
     _Calibration(model, state, list(targets.values())).run(batches)
     found = list(wanted)

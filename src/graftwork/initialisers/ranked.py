@@ -53,19 +53,18 @@ class Ranked(Initialised):
         return self.rank_at(site) == 0
 
     def gathers(self, site: Site) -> Statistic | None:
-        gathers = INITIALISERS[self.init].gathers
-        most = self.rank_at(site) if self.rank_by_site is not None else round(self.rank * self.rho)
-        shares = INITIALISERS[self.init].shares is not None
-        return None if gathers is None else gathers(site, most if shares else self.rank_at(site))
+        start = INITIALISERS[self.init]
+        rank = round(self.rank * self.rho) if self._shared_out else self.rank_at(site)
+        return None if start.gathers is None else start.gathers(site, rank)
+
+    @property
+    def _shared_out(self) -> bool:
+        """Whether ranks are still to be found from the data."""
+        return INITIALISERS[self.init].shares is not None and self.rank_by_site is None and self.rho > 1
 
     def resolved(self, sites: Sequence[Site]) -> Technique:
         shares = INITIALISERS[self.init].shares
-        if (
-            self.rank_by_site is None
-            and shares is not None
-            and self.rho > 1
-            and all(site.statistic for site in sites)
-        ):
+        if self._shared_out and shares is not None and all(site.statistic for site in sites):
             return replace(self, rank_by_site=shares(sites, self.rank) or None)
         for key in self.rank_by_site or ():
             if key not in {site.key for site in sites}:
