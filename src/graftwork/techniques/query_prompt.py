@@ -3,8 +3,8 @@
 The embedded sequence becomes [before ; H ; behind] with H = MLP([E'[opening] ; s ; E'[closing]]), and
     retrieval  s = E'[the k passage tokens that are nearest, by cosine, to a query token: E'[q] against E[d]]
     attention  s = MHA(E'[q], E[d], E[d]), one for each query token
-E is the host's embedding, E' the same or a trained copy. Queries, passages and the place are given by
-`graftwork.hints`. The choice is not differentiable. It is not the identity: attaching changes the outputs.
+E is the host's embedding, E' the same or a trained copy. `graftwork.hints` gives queries, passages and the place.
+It is not the identity: attaching changes the outputs. No gradient flows through the choice of tokens.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ class QueryPrompt(Technique):
     """Put in positions that depend on the query and the passage of each row.
 
     Args:
-        form: "retrieval" or "attention".
+        form: how s is made.
         length: k of the retrieval form; fewer tokens than that are repeated in order (published: drawn at random).
         depth: of the MLP: depth + 1 linear layers of the embedding's width; 0 is none.
         embedding: E' is the host's own ("shared") or a trained "copy", as in the published runs: a whole vocabulary.
-        distinct, unasked: leave out a passage's repeated tokens; those that occur in the query, unless none is left.
+        distinct: leave out a passage's repeated tokens.
+        unasked: leave out those that occur in the query, unless none is left.
         heads, dropout: of the attention form.
-        opening, closing: words around s (published: "hints: " and a newline). opening_ids, closing_ids: their tokens.
+        opening, closing: words around s (published: "hints: " and a newline).
+        opening_ids, closing_ids: their tokens.
     """
 
     published: ClassVar[Card] = Card(
@@ -86,7 +88,7 @@ class QueryPrompt(Technique):
                 f"{self.name}: {site.key} has no vocabulary to read queries and passages with"
             )
         if self.form == "retrieval":
-            if not self.depth and self.embedding == "shared":
+            if (self.depth, self.embedding) == (0, "shared"):
                 raise BadOption(f"{self.name}: depth=0 with a shared embedding leaves nothing to train")
             return Retrieved(self, site.width, site.matrix)
         if site.width % self.heads:
@@ -120,10 +122,9 @@ class Written(PromptModule):
 
 class Retrieved(Written):
     def forward(self, hints: Hints) -> Positions:
-        ask = self.technique
+        ask, seen = self.technique, hints.seen(self.technique.distinct, self.technique.unasked)
         with torch.no_grad():
             asked, given = self.rows(hints.query, hints), hints.embed(hints.passage)
-            seen = hints.seen(ask.distinct, ask.unasked)
             chosen = hints.nearest(asked, given, seen, ask.length, ask.distinct)
         words = [ids.expand(len(chosen), -1) for ids in (self.opening, self.closing)]
         return Positions(self.mlp(self.rows(torch.cat([words[0], chosen, words[1]], 1), hints)))
@@ -135,8 +136,8 @@ class Attended(Written):
         self.attention = CrossAttention(width, technique.heads, technique.dropout)
 
     def forward(self, hints: Hints) -> Positions:
-        seen = hints.seen(self.technique.distinct, self.technique.unasked)
-        mixed = self.attention(self.rows(hints.query, hints), hints.embed(hints.passage), seen)
+        seen, given = hints.seen(self.technique.distinct, self.technique.unasked), hints.embed(hints.passage)
+        mixed = self.attention(self.rows(hints.query, hints), given, seen)
         sides = [self.rows(ids, hints).expand(len(mixed), -1, -1) for ids in (self.opening, self.closing)]
         values, counts = hints.packed(sides[0], mixed, sides[1])
         return Positions(self.mlp(values), counts)
