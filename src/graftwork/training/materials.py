@@ -79,4 +79,5 @@ def base(model: Model, task: Task) -> tuple[nn.Module, Any]:
         task=task.name,
         labels=task.labels or task.outputs,
         dtype=DTYPES[model.dtype],
+        quantised=model.quantised,
     )

@@ -60,10 +60,17 @@ def _named(value: Any) -> Any:
 
 
 class Model(Section):
-    """The host. `name`: an embedded model, a folder or a hub name; `dtype`: how its weights are stored."""
+    """The host.
+
+    Args:
+        name: an embedded model, a folder or a hub name.
+        dtype: how its weights are stored.
+        quantised: how its linear layers are, by bitsandbytes; `dtype` is then what they compute in.
+    """
 
     name: str = Field(min_length=1)
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    quantised: Literal["nf4", "int8"] | None = None
 
 
 class Named(BaseModel):

@@ -200,7 +200,15 @@ def step_flops(materials: Materials, techniques: Sequence[Technique], size: int)
     rows = materials.splits["train"]
     batch = [rows[number] for number in range(min(size, len(rows)))]
     inputs = materials.task.collator(materials.preprocessor)(batch)
-    return cost(materials.model, techniques, inputs=inputs).step_flops
+    return cost(_unquantised(materials.model), techniques, inputs=inputs).step_flops
+
+
+def _unquantised(model: nn.Module) -> Any:
+    """The model, or the shapes of the one it was quantised from: as many operations, and those can be counted."""
+    if not getattr(model, "is_quantized", False):
+        return model
+    with torch.device("meta"):
+        return type(model)(model.config)
 
 
 def make_trainer(materials: Materials, **options: Any) -> Trainer:

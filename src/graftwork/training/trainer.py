@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,7 +52,8 @@ class Trainer(transformers.Trainer):
         objectives: Objectives | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        with _trains_quantised(options["model"]):
+            super().__init__(**options)
         self.model: Any
         self.lr_scheduler: Any
         self._task, self._groups, self._patience = task, groups, patience
@@ -266,6 +268,16 @@ class Trainer(transformers.Trainer):
     def restore(self, folder: Path) -> None:
         """Give the model the trained tensors of a checkpoint."""
         self._load_from_checkpoint(str(folder), self.model)
+
+
+@contextmanager
+def _trains_quantised(model: nn.Module) -> Iterator[None]:
+    """transformers refuses to train a quantised model without an adapter, and knows those of HF PEFT only."""
+    model.__dict__["_hf_peft_config_loaded"] = True
+    try:
+        yield
+    finally:
+        del model.__dict__["_hf_peft_config_loaded"]
 
 
 def _below(tensors: Any, prefix: str) -> dict[str, Tensor]:
