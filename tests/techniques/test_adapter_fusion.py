@@ -114,6 +114,9 @@ def test_what_cannot_be_fused_says_so() -> None:
     gw.attach(model, gw.SSF(workspaces=("feedforward",)), name="ssf", head=False)
     with pytest.raises(CardConflict, match="ssf of 'ssf'"):
         gw.attach(model, gw.AdapterFusion(of=("nli", "ssf")), name="x")
+    gw.attach(model, gw.LoReFT(workspaces=("feedforward",)), name="reft", head=False)
+    with pytest.raises(CardConflict, match="loreft of 'reft'"):
+        gw.attach(model, gw.AdapterFusion(of=("nli", "reft")), name="x")
     gw.attach(model, gw.BottleneckAdapter(width=4, layers=(0,)), name="first", head=False)
     with pytest.raises(NothingMatches, match="'first' has no hidden-port module at 1/feedforward"):
         gw.attach(model, gw.AdapterFusion(of=("nli", "first")), name="x")

@@ -152,7 +152,11 @@ def test_mam_is_a_prefix_and_a_scaled_parallel_adapter() -> None:
 
 
 def test_what_no_gate_can_multiply_is_refused(tmp_path: Path) -> None:
-    for technique in (gw.OFT(block=4, integration=GATED), gw.Compacter(integration=GATED)):  # type: ignore[arg-type]
+    for technique in (
+        gw.OFT(block=4, integration=GATED),  # type: ignore[arg-type]
+        gw.Compacter(integration=GATED),  # type: ignore[arg-type]
+        gw.LoReFT(integration=GATED),  # type: ignore[arg-type]
+    ):
         with pytest.raises(CardConflict):
             gw.attach(tiny("llama"), technique)
     for technique in (gw.IA3(integration=GATED), gw.PromptTuning(integration=GATED)):  # type: ignore[arg-type]

@@ -57,6 +57,8 @@ def gated(technique: Technique, site: Site, module: nn.Module) -> nn.Module:
     where = f"{technique.name} at {site.key}: integration='gated addition'"
     if technique.published.sharing is not Sharing.NONE:
         raise CardConflict(f"{where} needs modules of their own; those of this technique share tensors")
+    if technique.others() or getattr(module, "span", None) is not None:
+        raise CardConflict(f"{where} is for modules that see whole rows and no other adapter")
     if not isinstance(module, DeltaModule | HiddenModule):
         raise CardConflict(
             f"{where} multiplies a change, and a {type(module).__name__} makes none that is added"

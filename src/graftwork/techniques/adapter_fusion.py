@@ -82,7 +82,8 @@ class Fusion(HiddenModule):
         for graft in grafts:
             card = graft.card
             adds = card.integration in (Integration.DIRECT_ADDITION, Integration.SCALED_ADDITION)
-            if not adds or not card.token_wise or card.insertion is not Insertion.SEQUENTIAL:
+            everywhere = card.token_wise and graft.module.span is None
+            if not adds or not everywhere or card.insertion is not Insertion.SEQUENTIAL:
                 raise CardConflict(
                     f"adapter-fusion: {graft.technique} of {graft.adapter!r} at {graft.site.key} is not added, "
                     "token by token, behind its site, so its answer cannot be mixed; fuse bottleneck adapters"
