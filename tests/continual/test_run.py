@@ -76,6 +76,18 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         run(split_images(), make_task_adapters(), Learning(epochs=2), tmp_path)
 
 
+def test_another_base_is_refused_and_another_pooler_is_not(tmp_path):
+    first = run(split_images(), make_task_adapters(), SHORT, tmp_path)
+    method = make_task_adapters()
+    torch.nn.init.normal_(method.model.pooler.dense.weight)  # drawn anew when a bare model is loaded
+    assert run(split_images(), method, SHORT, tmp_path) == first
+    other = make_task_adapters()
+    for parameter in other.model.layers.parameters():
+        parameter.data.mul_(1.5)
+    with pytest.raises(StateError, match="another base"):
+        run(split_images(), other, SHORT, tmp_path)
+
+
 def test_a_damaged_file_is_named(tmp_path):
     run(split_images(), make_task_adapters(), SHORT, tmp_path)
     file = tmp_path / "task-00.safetensors"

@@ -56,7 +56,7 @@ class Method(ABC):
 
     @abstractmethod
     def state(self, number: int) -> dict[str, Tensor]:
-        """What task `number` left behind, of the tasks before it nothing that `state` gave then unless it changed."""
+        """What is kept once task `number` is finished; what earlier tasks' states hold need not be in it."""
 
     @abstractmethod
     def restore(self, number: int, classes: Sequence[int], tensors: Mapping[str, Tensor]) -> None:

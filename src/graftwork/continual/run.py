@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from graftwork.adapters.base import identify
 from graftwork.adapters.disk import write_atomically
+from graftwork.adapters.installing import base_of
 from graftwork.continual import metrics
 from graftwork.continual.features import device_of
 from graftwork.continual.learning import Learning
@@ -109,7 +109,9 @@ def _measure(scenario: Scenario, method: Method, number: int) -> dict[str, Any]:
 
 
 def _fingerprint(scenario: Scenario, method: Method, learning: Learning) -> str:
-    base = identify(method.model, (), ()).fingerprint
+    base = base_of(
+        method.model
+    ).fingerprint  # without a pooler, which a bare model may draw anew when it is loaded
     parts = [scenario.fingerprint(), base, method.settings(), asdict(learning)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
