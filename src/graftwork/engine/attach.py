@@ -98,9 +98,7 @@ def attach(
     built = _build(model, techniques, wanted, name)
     meet(state, techniques, built)
     if before is not None and not before.used:
-        raise BadOption(
-            "originals= is given, but nothing starts from them: leave them out"
-        )
+        raise BadOption("originals= is given, but nothing starts from them: leave them out")
     adapter = Adapter(name, techniques, built, _size(model))
     _seat(model, state, adapter)
     state.verify = state.unreached = state.ungraded = verify
