@@ -326,7 +326,7 @@ def _method(plan: Plan, kinds: Sequence[str], corpora: Sequence[Corpus], style: 
 
 STUDY = Study(
     name="arithmetic",
-    title="Adapter arithmetic: sums and negatives of LoRA and (IA)3",
+    title="Adapter arithmetic: sums and negatives of trained adapters",
     source="Zhang, Chen, Liu and He 2023, arXiv:2306.14870",
     claim="Adding and negating the parameters of trained adapters, without training, generalises over the halves of a "
     "task, serves two tasks at once, unlearns a style while clean text stays, and moves a classifier to another "
