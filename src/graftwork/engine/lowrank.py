@@ -205,12 +205,13 @@ class _LowRankLinear(Function):
         drop: Drop | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        _, to_weight, _, to_down, to_up, to_mask, *_ = ctx.needs_input_grad
+        to_x, to_weight, _, to_down, to_up, to_mask, *_ = ctx.needs_input_grad
         computed = x if x.dtype == dtype else x.to(dtype)
         inner = _inner(computed, down, drop)
         ctx.keeps_inner = not (to_weight or to_down) and down.shape[-2] < down.shape[-1]
         kept = None if not (to_weight or to_down or to_up or to_mask) else inner if ctx.keeps_inner else x
-        ctx.save_for_backward(kept, weight, down, up, mask)
+        reads_down = to_x or (kept is not None and not ctx.keeps_inner)  # it may be computed, and then counts
+        ctx.save_for_backward(kept, weight, down if reads_down else None, up, mask)
         ctx.scale, ctx.drop, ctx.lead, ctx.x_dtype = scale, drop, x.shape[:-1], x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         masked = _masked(inner, mask, ctx.lead)
@@ -237,7 +238,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dweight = (flat.t() @ kept.reshape(-1, kept.shape[-1])).to(weight.dtype)
     if to_bias:
         dbias = flat.sum(0).to(ctx.bias_dtype)
-    narrow = down.to(dy.dtype)
+    narrow = cast(down, dy.dtype)
     factors = _factor_gradients(ctx, (kept, down, narrow, up, mask), rows, unmasked, inner, gain)
     if to_x:
         base = None if weight is None else flat @ weight.to(dy.dtype)
