@@ -55,8 +55,8 @@ def _listed(content: Mapping[str, Any], name: str, path: Path) -> list[Any]:
 def _field(entry: Any, name: str, kind: Any, path: Path) -> Any:
     if not isinstance(entry, Mapping) or not isinstance(entry.get(name), kind):
         raise BadData(
-            f"{path}: an entry without {name!r} of type {getattr(kind, '__name__', kind)}; COCO's captions have images (id, file_name) and "
-            "annotations (image_id, caption)"
+            f"{path}: an entry without {name!r} of type {getattr(kind, '__name__', kind)}; COCO's captions have images "
+            "(id, file_name) and annotations (image_id, caption)"
         )
     return entry[name]
 

@@ -1,8 +1,8 @@
 """MiSS: one small matrix for all shards of the input (Kang and Yin 2024, arXiv:2409.15371, first named Bone).
 
 The input is cut into groups of `rank` channels, the last padded with zeros; the groups are summed and multiplied by
-D (rank, out): delta[:, j] = D[j mod rank]. D starts at zero, so attaching changes no output. The sums are a product with
-a frozen matrix of zeros and ones, so backward needs them alone, `rank` numbers per token, and not the input.
+D (rank, out): delta[:, j] = D[j mod rank]. D starts at zero, so attaching changes no output. The sums are a product
+with a frozen matrix of zeros and ones, so backward needs them alone, `rank` numbers per token, and not the input.
 """
 
 from __future__ import annotations
