@@ -30,6 +30,9 @@ def _fill(axes: Any, plot: Plot) -> None:
             low, high = zip(*((v - d, v + d) for v, d in zip(y, curve.deviation, strict=True)), strict=True)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set(title=plot.title, xlabel=plot.x, ylabel=plot.y, yscale="log" if plot.log else "linear")
-    axes.grid(alpha=0.25)
+    if plot.log:
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.25, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

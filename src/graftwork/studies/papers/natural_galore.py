@@ -35,7 +35,7 @@ from graftwork.studies.study import Study
 VOCABULARY, LENGTH, BATCH = 512, 128, 8
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 WARMUP, FLOOR = 0.1, 0.1  # shares of the steps and of the rate, as in GaLore's scripts
-EVALUATIONS, ROUNDS = 6, 25
+EVALUATIONS, ROUNDS = 6, 13
 ADAMW, GALORE, NATURAL = "AdamW", "GaLore", "Natural GaLore"
 GRADIENT = "forward and backward"
 
@@ -240,12 +240,12 @@ def verdict(cells: Mapping[str, Sequence[Cell]]) -> str:
     """Whether Natural GaLore ends lower than GaLore, where AdamW is, and what the history costs."""
     natural = paired(cells[NATURAL], cells[GALORE], lambda cell: cell.figures["loss"])
     full = paired(cells[NATURAL], cells[ADAMW], lambda cell: cell.figures["loss"])
-    words = {-1: "lower", 0: "not clearly different", 1: "higher"}
+    words = {-1: "lower than", 0: "not clearly different from", 1: "higher than"}
     sizes = {arm: cells[arm][0].figures["state bytes"] for arm in cells}
     appeared = {-1: "The claim appeared", 0: "The claim was not seen clearly", 1: "The claim did not appear"}
     return (
-        f"{appeared[natural.sign]}: at equal steps and rank Natural GaLore's loss is {words[natural.sign]} than "
-        f"GaLore's, by {natural.spread.text()} nats (negative is better), and {words[full.sign]} than AdamW's, by "
+        f"{appeared[natural.sign]}: at equal steps and rank Natural GaLore's loss is {words[natural.sign]} "
+        f"GaLore's, by {natural.spread.text()} nats (negative is better), and {words[full.sign]} AdamW's, by "
         f"{full.spread.text()}. Its optimiser state is {sizes[NATURAL] / sizes[GALORE]:.2f} times GaLore's and "
         f"{sizes[NATURAL] / sizes[ADAMW]:.2f} times AdamW's, so 'the memory of GaLore' does not hold: the history "
         "is what is new in it."
