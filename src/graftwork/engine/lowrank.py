@@ -238,7 +238,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dweight = (flat.t() @ kept.reshape(-1, kept.shape[-1])).to(weight.dtype)
     if to_bias:
         dbias = flat.sum(0).to(ctx.bias_dtype)
-    narrow = cast(down, dy.dtype)
+    narrow: Any = cast(down, dy.dtype)  # None where nothing below reads it
     factors = _factor_gradients(ctx, (kept, down, narrow, up, mask), rows, unmasked, inner, gain)
     if to_x:
         base = None if weight is None else flat @ weight.to(dy.dtype)

@@ -54,7 +54,7 @@ class AdapterFusion(Technique):
         citation="Pfeiffer et al. 2021, AdapterFusion: Non-Destructive Task Composition for Transfer Learning, "
         "arXiv:2005.00247",
     )
-    example: ClassVar[str] = "of=('nli', 'sentiment')"
+    example: ClassVar[str] = 'of=("nli", "sentiment")'
 
     of: tuple[str, ...] = ()
 

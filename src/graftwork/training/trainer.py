@@ -147,6 +147,7 @@ class Trainer(transformers.Trainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         if (loss := self._evaluated.mean(self.accelerator)) is not None:
+            assert output.metrics is not None
             output.metrics[f"{metric_key_prefix}_loss"] = loss
         return output
 
