@@ -7,6 +7,7 @@ of judged passages; 0 and what is not listed are not relevant.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ def bm25(passages: Mapping[str, str], queries: Mapping[str, str], top: int = 100
         import bm25s
     except ImportError:
         raise BadOption("BM25 needs bm25s: pip install 'graftwork[ranking]', or read a run") from None
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it reports every step
     names = list(passages)
     if not 1 <= top <= len(names):
         raise BadOption(f"top={top} of {len(names)} passages; give 1 to {len(names)}")

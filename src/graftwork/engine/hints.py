@@ -89,7 +89,7 @@ class Hints:
         rank = torch.arange(count, device=cosine.device) % found
         return self.passage.gather(1, pairs.indices.gather(1, rank) % self.passage.shape[1])
 
-    def packed(self, before: Tensor, values: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
+    def packed(self, values: Tensor, before: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
         """(B, P + M + S, C) rows of (B, P, C), what query tokens (B, M, C) have, and (B, S, C), those of padding last;
         and (B,) how many each row has."""
         whole = torch.cat([before, values, behind], 1)

@@ -111,17 +111,17 @@ def wide_mask(mask: Any, layout: Layout, total: int, causal: bool, prefill: bool
 def _wide_square(mask: Tensor, layout: Layout, causal: bool, prefill: bool) -> Tensor:
     """(B, H or 1, Q or 1, K) with n more columns and, where Q are all positions of a prefill, n more rows."""
     mask = mask.expand(len(layout.start), *mask.shape[1:])
-    rows = prefill and mask.shape[2] > 1
+    square = prefill and mask.shape[2] > 1
     seeing = layout.used()[:, None].expand(-1, mask.shape[2], -1)
     if (
-        causal and rows
+        causal and square
     ):  # what stands in front of the prompt does not see it; padding may, as it sees nothing else
         itself = mask[:, 0].diagonal(dim1=1, dim2=2)
         padding = itself < 0 if mask.is_floating_point() else itself == 0
         behind = torch.arange(mask.shape[2], device=mask.device)[:, None] >= _behind(layout)
         seeing = seeing & (behind | padding[..., None])
     wide = _columns(mask, _as(mask, seeing)[:, None].expand(*mask.shape[:-1], -1), layout)
-    if not rows:
+    if not square:
         return wide
     shown = layout.used()[:, None].expand(-1, layout.length, -1)
     if causal:

@@ -310,10 +310,9 @@ def _is_front(row: list[Share]) -> bool:
 
 def _made(seat: Seat, grafts: tuple[Graft, ...], batch: int) -> tuple[Tensor, Tensor | None]:
     """Positions (n, C) or (B, n, C) of one adapter, and (B, n) which of them each sample has (None: all)."""
-    made = [
-        graft.module.positions(_hints(seat, graft.adapter, batch) if graft.module.hinted else None)
-        for graft in grafts
-    ]
+    modules: list[Any] = [graft.module for graft in grafts]
+    name = grafts[0].adapter
+    made = [module.positions(_hints(seat, name, batch) if module.hinted else None) for module in modules]
     values = [one.values for one in made]
     if all(one.counts is None for one in made):
         return behind_one_another(values, values), None

@@ -39,8 +39,7 @@ class QueryPrompt(Technique):
         distinct: leave out a passage's repeated tokens.
         unasked: leave out those that occur in the query, unless none is left.
         heads, dropout: of the attention form.
-        opening, closing: words around s (published: "hints: " and a newline).
-        opening_ids, closing_ids: their tokens.
+        opening, closing, opening_ids, closing_ids: words around s (published: "hints: " and a newline); their tokens.
     """
 
     published: ClassVar[Card] = Card(
@@ -97,9 +96,11 @@ class QueryPrompt(Technique):
 
 
 class Written(PromptModule):
-    """What both forms share: E', the words, the MLP."""
+    """What both forms share: rows of E', the words, the MLP."""
 
     hinted = True
+    opening: Tensor
+    closing: Tensor
 
     def __init__(self, technique: QueryPrompt, width: int, table: Callable[[], Tensor]) -> None:
         super().__init__()
@@ -111,7 +112,6 @@ class Written(PromptModule):
         self.mlp = nn.Sequential(*[each for layer in layers for each in (layer, nn.ReLU())][:-1])
 
     def rows(self, ids: Tensor, hints: Hints) -> Tensor:
-        """E' of ids."""
         if self.table is None:
             return hints.embed(ids)
         return functional.embedding(ids, self.table).to(hints.dtype)
@@ -126,8 +126,8 @@ class Retrieved(Written):
         with torch.no_grad():
             asked, given = self.rows(hints.query, hints), hints.embed(hints.passage)
             chosen = hints.nearest(asked, given, seen, ask.length, ask.distinct)
-        words = [ids.expand(len(chosen), -1) for ids in (self.opening, self.closing)]
-        return Positions(self.mlp(self.rows(torch.cat([words[0], chosen, words[1]], 1), hints)))
+        before, behind = (ids.expand(len(chosen), -1) for ids in (self.opening, self.closing))
+        return Positions(self.mlp(self.rows(torch.cat([before, chosen, behind], 1), hints)))
 
 
 class Attended(Written):
@@ -138,6 +138,6 @@ class Attended(Written):
     def forward(self, hints: Hints) -> Positions:
         seen, given = hints.seen(self.technique.distinct, self.technique.unasked), hints.embed(hints.passage)
         mixed = self.attention(self.rows(hints.query, hints), given, seen)
-        sides = [self.rows(ids, hints).expand(len(mixed), -1, -1) for ids in (self.opening, self.closing)]
-        values, counts = hints.packed(sides[0], mixed, sides[1])
+        words = (self.rows(ids, hints).expand(len(mixed), -1, -1) for ids in (self.opening, self.closing))
+        values, counts = hints.packed(mixed, *words)
         return Positions(self.mlp(values), counts)

@@ -27,11 +27,11 @@ from graftwork.techniques.query_prompt import QueryPrompt
 
 BM25, BASE, FIXED = "BM25", "base", "fixed prompt"
 RETRIEVAL, ATTENTION = "Q-PEFT retrieval", "Q-PEFT attention"
-WORDS = {"opening": "hints: ", "closing": "\n"}
+WORDS = QueryPrompt(length=15, embedding="copy", opening="hints: ", closing="\n")
 ARMS: Mapping[str, Technique] = {
     FIXED: PromptTuning(length=15, init="vocabulary"),
-    RETRIEVAL: QueryPrompt(length=15, embedding="copy", **WORDS),
-    ATTENTION: QueryPrompt(form="attention", embedding="copy", **WORDS),
+    RETRIEVAL: WORDS,
+    ATTENTION: replace(WORDS, form="attention"),
 }
 RATES = (1e-3, 1e-2)
 LONGEST = 80  # characters of a summary line
