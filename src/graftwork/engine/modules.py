@@ -208,6 +208,46 @@ class CrossAttention(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
+class HintModule(PromptModule):
+    """A prompt module that reads hints: rows of a table of its own (V, C) or of the host's, words around, an MLP with
+    `depth` inner layers and ReLU (0: none), and which passage tokens it looks at."""
+
+    hinted = True
+    opening: Tensor
+    closing: Tensor
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        table: Tensor | None,
+        words: tuple[tuple[int, ...], tuple[int, ...]],
+        distinct: bool,
+        unasked: bool,
+        count: int = 0,
+    ) -> None:
+        super().__init__()
+        self.table = None if table is None else nn.Parameter(table.clone())
+        for name, ids in zip(("opening", "closing"), words, strict=True):
+            self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
+        layers = [Linear(width, width) for _ in range(depth + 1 if depth else 0)]
+        self.mlp = nn.Sequential(*[each for layer in layers for each in (layer, nn.ReLU())][:-1])
+        self.distinct, self.unasked, self.count = distinct, unasked, count
+
+    def rows(self, ids: Tensor, hints: Hints) -> Tensor:
+        """What the table holds for token numbers, in the host's precision."""
+        if self.table is None:
+            return hints.embed(ids)
+        return functional.embedding(ids, self.table).to(hints.dtype)
+
+    def seen(self, hints: Hints) -> Tensor:
+        """(B, N) the passage tokens to look at."""
+        return hints.seen(self.distinct, self.unasked)
+
+    def positions(self, hints: Hints | None) -> Positions:
+        return self(hints)
+
+
 def activation(name: str) -> nn.Module:
     """The activation of that name ("relu", "gelu", "silu", "tanh")."""
     return {"relu": nn.ReLU(), "gelu": nn.GELU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}[name]

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from graftwork.engine.modules import CrossAttention, Hints, Linear, Positions, PromptModule
+from graftwork.engine.modules import CrossAttention, HintModule, Hints, Positions
 from graftwork.errors import BadOption, PortUnavailable
 from graftwork.reference.card import Card, Insertions
 from graftwork.reference.catalogue import register
@@ -86,58 +85,33 @@ class QueryPrompt(Technique):
             raise PortUnavailable(
                 f"{self.name}: {site.key} has no vocabulary to read queries and passages with"
             )
-        if self.form == "retrieval":
-            if (self.depth, self.embedding) == (0, "shared"):
-                raise BadOption(f"{self.name}: depth=0 with a shared embedding leaves nothing to train")
-            return Retrieved(self, site.width, site.matrix)
-        if site.width % self.heads:
+        if (self.form, self.depth, self.embedding) == ("retrieval", 0, "shared"):
+            raise BadOption(f"{self.name}: depth=0 with a shared embedding leaves nothing to train")
+        if self.form == "attention" and site.width % self.heads:
             raise BadOption(f"{self.name}: width {site.width} is no multiple of heads={self.heads}")
-        return Attended(self, site.width, site.matrix)
+        table = site.matrix().mT if self.embedding == "copy" else None
+        words = (self.opening_ids, self.closing_ids)
+        if self.form == "retrieval":
+            return Retrieved(site.width, self.depth, table, words, self.distinct, self.unasked, self.length)
+        module = Attended(site.width, self.depth, table, words, self.distinct, self.unasked)
+        module.attention = CrossAttention(site.width, self.heads, self.dropout)
+        return module
 
 
-class Written(PromptModule):
-    """What both forms share: rows of E', the words, the MLP."""
-
-    hinted = True
-    opening: Tensor
-    closing: Tensor
-
-    def __init__(self, technique: QueryPrompt, width: int, table: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self.technique = technique
-        self.table = nn.Parameter(table().mT.clone()) if technique.embedding == "copy" else None
-        for name, ids in (("opening", technique.opening_ids), ("closing", technique.closing_ids)):
-            self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
-        layers = [Linear(width, width) for _ in range(technique.depth + 1 if technique.depth else 0)]
-        self.mlp = nn.Sequential(*[each for layer in layers for each in (layer, nn.ReLU())][:-1])
-
-    def rows(self, ids: Tensor, hints: Hints) -> Tensor:
-        if self.table is None:
-            return hints.embed(ids)
-        return functional.embedding(ids, self.table).to(hints.dtype)
-
-    def positions(self, hints: Hints | None) -> Positions:
-        return self(hints)
-
-
-class Retrieved(Written):
+class Retrieved(HintModule):
     def forward(self, hints: Hints) -> Positions:
-        ask, seen = self.technique, hints.seen(self.technique.distinct, self.technique.unasked)
         with torch.no_grad():
             asked, given = self.rows(hints.query, hints), hints.embed(hints.passage)
-            chosen = hints.nearest(asked, given, seen, ask.length, ask.distinct)
+            chosen = hints.nearest(asked, given, self.seen(hints), self.count, self.distinct)
         before, behind = (ids.expand(len(chosen), -1) for ids in (self.opening, self.closing))
         return Positions(self.mlp(self.rows(torch.cat([before, chosen, behind], 1), hints)))
 
 
-class Attended(Written):
-    def __init__(self, technique: QueryPrompt, width: int, table: Callable[[], Tensor]) -> None:
-        super().__init__(technique, width, table)
-        self.attention = CrossAttention(width, technique.heads, technique.dropout)
+class Attended(HintModule):
+    attention: CrossAttention
 
     def forward(self, hints: Hints) -> Positions:
-        seen, given = hints.seen(self.technique.distinct, self.technique.unasked), hints.embed(hints.passage)
-        mixed = self.attention(self.rows(hints.query, hints), given, seen)
+        mixed = self.attention(self.rows(hints.query, hints), hints.embed(hints.passage), self.seen(hints))
         words = (self.rows(ids, hints).expand(len(mixed), -1, -1) for ids in (self.opening, self.closing))
         values, counts = hints.packed(mixed, *words)
         return Positions(self.mlp(values), counts)
