@@ -151,7 +151,7 @@ def test_law(name: str, host: str, law: str) -> None:
         pytest.skip(f"{UNROUTABLE[name, host]} (pinned)")
 
 
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize("name", [name for name in cases() if (name, "bert") not in REFUSED])
 def test_every_tensor_is_made_where_the_host_is(name: str) -> None:
     model = tiny("bert").to("meta")
     gw.attach(model, cases()[name])
