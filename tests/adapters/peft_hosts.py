@@ -17,6 +17,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from graftwork.laws import told
+
 logging.getLogger("transformers").setLevel(logging.ERROR)
 torch.set_num_threads(1)
 
@@ -103,7 +105,7 @@ def batch(name: str) -> dict[str, Tensor]:
 
 def logits(model: nn.Module, name: str) -> Tensor:
     """The model's answer to its batch."""
-    with torch.no_grad():
+    with torch.no_grad(), told(model, batch(name)):
         answer = model(**batch(name)).logits
     return answer[:, -7:] if answer.dim() == 3 else answer  # peft's prompts stay in the answer
 

@@ -95,7 +95,7 @@ def test_what_cannot_be_blended_is_refused_at_once() -> None:
     ):
         with pytest.raises(RouteError, match=words):
             gw.route(model, ["lora"], weights=weights)
-    with pytest.raises(RouteError, match="names and an index or weights"):
+    with pytest.raises(RouteError, match="names and one of index"):
         gw.route(model, ["lora"], torch.zeros(3, dtype=torch.long), weights=torch.ones(3, 1))
 
 

@@ -389,6 +389,8 @@ def test_every_tensor_learns(kind: type[Technique]) -> None:
     """With random tensors each one has a gradient that is not zero."""
     technique = by_hand.smallest(kind)
     module = by_hand.jittered(by_hand.build_one(technique), size=0.5)
+    if getattr(module, "hinted", False):
+        pytest.skip("reads hints of each row; see test_query_prompt.py")
     if technique.card.port.value in DATA_PORTS:
         answer = module()
         answer = torch.cat([part.flatten() for part in answer]) if isinstance(answer, tuple) else answer

@@ -14,8 +14,11 @@ from graftwork.training.recipe import Recipe
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 
+IN_THE_DOCS = {"captioning"}  # needs a captioner's folder, which its page shows how to make
+
+
 def test_every_task_has_an_example() -> None:
-    assert {Recipe.load(file).task.name for file in EXAMPLES} == set(tasks())
+    assert {Recipe.load(file).task.name for file in EXAMPLES} == set(tasks()) - IN_THE_DOCS
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)

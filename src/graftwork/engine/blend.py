@@ -33,7 +33,11 @@ class Blend:
         self.names = tuple(names)
         self.weights = _checked(self.names, weights)
         self.per_token = weights.dim() > 2 and weights.shape[1] > 1
-        self.batch = weights.shape[0]
+
+    @property
+    def batch(self) -> int:
+        """Number of samples."""
+        return self.weights.shape[0]
 
     def uses(self, name: str) -> bool:
         """Every adapter of a blend takes part."""

@@ -26,13 +26,17 @@ class Route:
         self.names = tuple(names)
         self.index = _checked(self.names, index)
         self.per_token = index.dim() == 2
-        self.batch = index.shape[0]
         self._fitted: dict[tuple[int, int | None], Tensor] = {}
         self._laid: dict[tuple[int, int | None], Rows] = {}
         self._laid_first = Rows.of(self.index, len(self.names))
         self._rows: dict[tuple[int, int | None, str], Tensor] = {}
         self._bare = bool((self.index < 0).any())
         self._used = {name: i for i, name in enumerate(self.names) if bool((self.index == i).any())}
+
+    @property
+    def batch(self) -> int:
+        """Number of samples (read from the tensor, so that a compiled graph does not fix it)."""
+        return self.index.shape[0]
 
     def leaves_out(self, names: Sequence[str]) -> bool:
         """Whether any sample or token goes to the bare base or to an adapter other than `names`."""

@@ -27,7 +27,8 @@ class Frozen(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         super().__init__()
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor.to(device), persistent=False)
+            counted = tensor.is_meta  # modules are only being counted
+            self.register_buffer(name, tensor if counted else tensor.to(device), persistent=False)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.get_buffer(name)

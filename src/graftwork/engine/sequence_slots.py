@@ -84,7 +84,7 @@ class Slots:
     @property
     def furthest(self) -> int:
         """How many own positions a row needs so that its prompt finds its place (known without the device)."""
-        return max((share.furthest for row in self.rows for share in row), default=0)
+        return max([share.furthest for row in self.rows for share in row], default=0)
 
     @property
     def partly(self) -> bool:

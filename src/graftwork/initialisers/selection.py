@@ -27,7 +27,9 @@ READS: Mapping[str, type[InputPower] | type[WeightGradient]] = {
 
 
 def drawn(site: Site, units: int, count: int, seed: int) -> Tensor:
-    """`count` numbers of `units`, (count,); each site draws its own."""
+    """`count` numbers of `units`, (count,); each site draws its own; zeros where modules are only counted."""
+    if planned():
+        return torch.zeros(count, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed + zlib.crc32(site.key.encode()))
     return torch.randperm(units, generator=generator)[:count].to(site.device)
 

@@ -35,11 +35,13 @@ from graftwork.reference.technique import Above, AtLeast, Between, Technique
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class MixtureOfLoRA(Technique):
+class MixtureOfLoRA(Technique, name="mixture-of-lora"):
     """Several low-rank experts beside a linear layer, weighed token by token by a learned router.
 
     Args:
-        experts: E. rank: R of each expert. alpha: s = alpha / rank.
+        experts: E.
+        rank: R of each expert.
+        alpha: s = alpha / rank.
         top_k: how many experts a token takes; None: all.
         dropout: probability of dropping an element of the experts' input.
     """
@@ -66,11 +68,6 @@ class MixtureOfLoRA(Technique):
     top_k: Annotated[int | None, AtLeast(1)] = None
     dropout: Annotated[float, Between(0, 1)] = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top_k is not None and self.top_k > self.experts:
-            raise BadOption(f"{self.name}: top_k={self.top_k} of {self.experts} experts")
-
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
@@ -79,6 +76,10 @@ class MixtureOfLoRA(Technique):
         return site.kind is Kind.LINEAR and not site.read_only
 
     def build(self, site: Site) -> nn.Module:
+        if self.top_k is not None and self.top_k > self.experts:
+            raise BadOption(
+                f"{self.name}: top_k={self.top_k} of {self.experts} experts; take at most all of them"
+            )
         return Experts(self.width_read(site), site.width, self)
 
 
