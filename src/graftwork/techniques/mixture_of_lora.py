@@ -39,9 +39,9 @@ class MixtureOfLoRA(Technique, name="mixture-of-lora"):
     """Several low-rank experts beside a linear layer, weighed token by token by a learned router.
 
     Args:
-        experts: E.
-        rank: R of each expert.
-        alpha: s = alpha / rank.
+        experts: their number E.
+        rank: of each expert.
+        alpha: numerator of the scale alpha / rank.
         top_k: how many experts a token takes; None: all.
         dropout: probability of dropping an element of the experts' input.
     """
