@@ -47,6 +47,7 @@ INDICES = {
     "even, a part of the adapters": [1, 1, 1, 2, 2, 2],
     "one adapter": [2] * 6,
     "uneven": [0, 0, 0, 1, 2, 2],
+    "a shorter last run": [0, 0, 0, 0, 1, 1],
     "interleaved": [0, 1, 2, 0, 1, 2],
     "with bare rows": [2, -1, 0, 1, -1, 1],
     "all bare": [-1] * 6,

@@ -96,7 +96,8 @@ class Rows:
             [row for row, number in enumerate(numbers) if number == adapter] for adapter in range(low, high)
         ]
         longest = max(len(rows) for rows in members)
-        even = not bare and numbers == [low + row // longest for row in range(len(numbers))]
+        runs = [adapter for adapter in range(low, high) for _ in range(longest)]
+        even = not bare and numbers == runs  # a shorter last run is not even
         if even or len(members) * longest > 2 * len(numbers) or longest == 0:
             return cls(index, count, low, high, even, bare)
         pick = [row for rows in members for row in (rows + [0] * longest)[:longest]]
