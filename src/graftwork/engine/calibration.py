@@ -21,6 +21,7 @@ from graftwork.engine.modules import planned
 from graftwork.engine.operations import operation_of
 from graftwork.engine.progress import watched
 from graftwork.engine.seat import stored_parameter
+from graftwork.engine.split import signal
 from graftwork.engine.state import Snapshot, State
 from graftwork.errors import BadOption
 from graftwork.reference.site import Site
@@ -153,7 +154,7 @@ class _Calibration:
 
     def _reader(self, here: list[Target]) -> Any:
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = signal(args, kwargs)
             same = self.last[1] if x is self.last[0] else []
             self.last = (x, [*same, *here])
             rows = None

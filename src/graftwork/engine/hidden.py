@@ -74,7 +74,7 @@ def before(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments with the modules that change what the host reads applied to the signal."""
     x = signal(args, kwargs, seat.path)
-    changed = _through(seat, _at(running, Side.INPUT), x, lambda graft, now: now)
+    changed = _through(seat, running, Side.INPUT, x, lambda graft, now: now)
     if changed is x:
         return args, kwargs
     if args:
@@ -86,31 +86,30 @@ def behind(seat: Seat, running: Running, entered: tuple[tuple[Any, ...], dict[st
     """The host's answer with the modules that change it applied."""
     answer = out[0] if isinstance(out, tuple) else out
     changed = _through(
-        seat, _at(running, Side.OUTPUT), answer, lambda graft, now: _read(seat, graft, entered, now)
+        seat, running, Side.OUTPUT, answer, lambda graft, now: _read(seat, graft, entered, now)
     )
     return (changed, *out[1:]) if isinstance(out, tuple) else changed
 
 
-def _at(running: Running, side: Side) -> Running:
-    here = ((name, tuple(graft for graft in grafts if graft.site.side is side)) for name, grafts in running)
-    return tuple((name, grafts) for name, grafts in here if grafts)
-
-
-def _through(seat: Seat, running: Running, y: Tensor, read: Callable[[Graft, Tensor], Tensor]) -> Tensor:
-    """The signal y with the modules of all running adapters applied: one on another, or blended."""
+def _through(
+    seat: Seat, running: Running, side: Side, y: Tensor, read: Callable[[Graft, Tensor], Tensor]
+) -> Tensor:
+    """The signal y with the modules of all running adapters at one end applied: one on another, or blended."""
     route = seat.state.route
-    if isinstance(route, Blend) and running:
-        answers = [(name, _one_on_another(seat, ((name, grafts),), y, read)) for name, grafts in running]
-        return route.mix(y, answers, running[0][1][0].site)
-    return _one_on_another(seat, running, y, read)
+    if not isinstance(route, Blend):
+        return _one_on_another(seat, running, side, y, read)
+    each = [(name, _one_on_another(seat, ((name, grafts),), side, y, read)) for name, grafts in running]
+    answers = [(name, answer) for name, answer in each if answer is not y]
+    return route.mix(y, answers, running[0][1][0].site) if answers else y
 
 
 def _one_on_another(
-    seat: Seat, running: Running, y: Tensor, read: Callable[[Graft, Tensor], Tensor]
+    seat: Seat, running: Running, side: Side, y: Tensor, read: Callable[[Graft, Tensor], Tensor]
 ) -> Tensor:
     for name, grafts in running:
         for graft in grafts:
-            y = _apply(seat, name, graft, read(graft, y), y)
+            if graft.site.side is side:
+                y = _apply(seat, name, graft, read(graft, y), y)
     return y
 
 

@@ -248,6 +248,14 @@ class HintModule(PromptModule):
         return self(hints)
 
 
+def top_softmax(logits: Tensor, count: int) -> Tensor:
+    """Softmax over the `count` largest logits (..., N) of each row, 0 for the others."""
+    if count < logits.shape[-1]:
+        least = logits.topk(count, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits.softmax(-1)
+
+
 def activation(name: str) -> nn.Module:
     """The activation of that name ("relu", "gelu", "silu", "tanh")."""
     return {"relu": nn.ReLU(), "gelu": nn.GELU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}[name]

@@ -5,10 +5,12 @@ They are drawn on the CPU, whose generator gives the same values whatever device
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Generator, Tensor, nn
+
+from graftwork.reference.site import Site
 
 
 def generator(seed: int) -> Generator:
@@ -32,3 +34,11 @@ class Frozen(nn.Module):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.get_buffer(name)
+
+
+def frozen_for(sites: Sequence[Site], draw: Callable[[int, int], Mapping[str, Tensor]]) -> Frozen | None:
+    """Tensors drawn once for all sites, `draw(width_in, width_out)` at the largest widths; None for no site."""
+    if not sites:
+        return None
+    widest = max(site.width_in for site in sites), max(site.width_out for site in sites)
+    return Frozen(draw(*widest), sites[0].device)

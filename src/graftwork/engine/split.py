@@ -25,6 +25,11 @@ Running = tuple[tuple[str, tuple[Graft, ...]], ...]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def signal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operation is called with: the first argument, or the first keyword's value."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def by_adapter_here(
     module: nn.Module,
     seat: Seat,
@@ -37,7 +42,7 @@ def by_adapter_here(
     """A site's own operation, once for each adapter on its own rows (or tokens), and once for the rest."""
     route = seat.state.route
     assert route is not None
-    first = args[0] if args else next(iter(kwargs.values()))
+    first = signal(args, kwargs)
     operation = operation_of(base)
     flatten = route.per_token and operation.tokens(first) is not None
     if route.per_token and any(not graft.card.token_wise for _, grafts in running for graft in grafts):
@@ -98,7 +103,7 @@ def by_adapter(
     """
     route = seat.state.route
     assert route is not None
-    first = args[0] if args else next(iter(kwargs.values()))
+    first = signal(args, kwargs)
     if isinstance(route, Blend):
         raise RouteError(
             f"{seat.path} reads a weight that it does not call, where answers cannot be blended; route by an index, "

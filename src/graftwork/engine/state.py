@@ -124,8 +124,7 @@ class State:
     @property
     def running(self) -> tuple[str, ...]:
         """Names that take part in a forward: those of the route, else the active ones."""
-        decides = self.route or self.chosen
-        return self.active if decides is None else decides.names
+        return self.snapshot().names
 
     @property
     def serving(self) -> tuple[str, ...]:

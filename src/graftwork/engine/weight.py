@@ -50,11 +50,11 @@ def run(
         return dense_or_thin(module, seat, base, running, args, kwargs)
     operation = operation_of(base)
     args, kwargs = split.spread(route, args, kwargs)
-    out = _routed(operation, module, seat, base, running, _signal(args, kwargs))
+    out = _routed(operation, module, seat, base, running, split.signal(args, kwargs))
     if out is not None:
         return out
     if operation.thin(module, base) and all(is_thin(graft) for graft in flat(running)):
-        x = _signal(args, kwargs)
+        x = split.signal(args, kwargs)
         groups = factors.of_route(seat, running, x, operation)
         return _with_groups(operation, module, seat, base, groups, args, kwargs)
     return split.by_adapter_here(module, seat, base, dense_or_thin, running, args, kwargs)
@@ -72,16 +72,12 @@ def dense_or_thin(
         fast -= 1
     dense, above = grafts[:fast], grafts[fast:]
     if not all(_by_factors(operation, module, base, graft) for graft in above):
-        return _answer(operation, module, seat, base, dense, above, _signal(args, kwargs))
+        return _answer(operation, module, seat, base, dense, above, split.signal(args, kwargs))
     groups = factors.of_stack(above, module.training) if above else ()
     if not dense:
         return _with_groups(operation, module, seat, base, groups, args, kwargs)
     out = _dense(operation, module, seat, base, dense, args, kwargs)
-    return operation.add(module, base, _signal(args, kwargs), out, groups) if groups else out
-
-
-def _signal(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()))
+    return operation.add(module, base, split.signal(args, kwargs), out, groups) if groups else out
 
 
 def _runs_without_weight(operation: Operation, module: nn.Module, base: type, graft: Graft) -> bool:
@@ -105,7 +101,7 @@ def _with_groups(
     kwargs: dict[str, Any],
 ) -> Any:
     """The host's forward plus low-rank deltas, in one function where that is possible."""
-    x = _signal(args, kwargs)
+    x = split.signal(args, kwargs)
     fused = operation.fused(module, base, x, groups)
     if fused is not None:
         return fused

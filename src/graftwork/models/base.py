@@ -23,7 +23,7 @@ from graftwork.anatomy.resolve import head_sites
 from graftwork.errors import BadOption, NothingMatches, UnknownName, nearest
 from graftwork.models.hosts import HOSTS
 from graftwork.models.pretraining import cached
-from graftwork.models.readers import ImageText
+from graftwork.models.readers import ImageText, with_padding
 from graftwork.tasks.registry import task_class
 
 MINILM = "minilm"
@@ -116,10 +116,7 @@ def load_preprocessor(folder: str, task: str | None = None) -> Any:
     only_image = (Path(folder) / "preprocessor_config.json").is_file() and not _has_tokenizer(Path(folder))
     if image or (task is None and only_image):
         return AutoImageProcessor.from_pretrained(folder, backend="pil")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return with_padding(AutoTokenizer.from_pretrained(folder))
 
 
 def _minilm_folder() -> Path:

@@ -31,7 +31,7 @@ class ImageText:
     def of(cls, model: Any, tokenizer: Any, images: Any) -> ImageText:
         """For a model that reads image rows among tokens (`Captioner`, LLaVA); BadOption for another."""
         config = model.config
-        if getattr(config, "image_token_id", None) is None or not hasattr(config, "image_seq_length"):
+        if not _reads_images(config):
             raise BadOption(f"{type(model).__name__} reads no images among tokens; make it by `captioner`")
         return cls._of(config, tokenizer, images)
 
@@ -39,16 +39,14 @@ class ImageText:
     def load(cls, folder: str) -> ImageText:
         """From a folder that holds a model, its tokenizer and its image processor; BadOption for another model."""
         config = AutoConfig.from_pretrained(folder)
-        if getattr(config, "image_token_id", None) is None or not hasattr(config, "image_seq_length"):
+        if not _reads_images(config):
             raise BadOption(f"{folder} holds a {config.model_type}, which reads no images among tokens")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return cls._of(config, tokenizer, AutoImageProcessor.from_pretrained(folder, backend="pil"))
 
     @classmethod
     def _of(cls, config: Any, tokenizer: Any, images: Any) -> ImageText:
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return cls(tokenizer, images, config.image_token_id, config.image_seq_length)
+        return cls(with_padding(tokenizer), images, config.image_token_id, config.image_seq_length)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write both beside a saved model."""
@@ -74,3 +72,14 @@ class ImageText:
     def pixels(self, image: np.ndarray) -> Tensor:
         """(channels, height, width) of an image (height, width, 3) uint8."""
         return self.images([image], return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
+
+
+def with_padding(tokenizer: Any) -> Any:
+    """The tokenizer, padding with its end mark where it has no padding token of its own."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _reads_images(config: Any) -> bool:
+    return getattr(config, "image_token_id", None) is not None and hasattr(config, "image_seq_length")

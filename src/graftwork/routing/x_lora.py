@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftwork.engine.modules import top_softmax
 from graftwork.errors import BadOption, RouteError
 
 
@@ -50,7 +51,7 @@ class XLoRA(nn.Module):
             inner += [nn.Linear(size if number else width, size), nn.ReLU(), nn.Dropout(dropout)]
         self.classifier = nn.Sequential(*inner, nn.Linear(size if inner else width, layers * adapters))
         self.shape = layers, adapters
-        self.top_k = top_k
+        self.top_k = adapters if top_k is None else top_k
         self.temperature = temperature
 
     def forward(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
@@ -64,7 +65,4 @@ class XLoRA(nn.Module):
             out = model(**plain | {"output_hidden_states": True, "use_cache": False})
         hidden = out.hidden_states[-1].to(self.classifier[-1].weight.dtype)
         logits = self.classifier(hidden).unflatten(-1, self.shape) / self.temperature
-        if self.top_k is not None:
-            least = logits.topk(self.top_k, dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        return logits.softmax(-1)
+        return top_softmax(logits, self.top_k)

@@ -178,7 +178,8 @@ class Shelf:
         """Bring the adapters of a batch onto the model and count it as their user; all or nothing for the counts."""
         taken: list[str] = []
         for name in wanted:
-            self._fetch(name)
+            if name not in self._resident:
+                self._fetch(name)  # all are begun before the first is waited for
         try:
             for name in wanted:
                 if name not in self._resident:

@@ -13,11 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from graftwork.engine.lowrank import low_rank_linear
-from graftwork.engine.modules import HiddenModule, uniform, zeros
+from graftwork.engine.modules import HiddenModule, top_softmax, uniform, zeros
 from graftwork.errors import BadOption
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
@@ -98,11 +97,7 @@ class Experts(HiddenModule):
 
     def weights(self, x: Tensor) -> Tensor:
         """g (..., E) for x (..., I)."""
-        logits = nn.functional.linear(x, self.router.to(x.dtype))
-        if self.top_k < self.experts:
-            least = logits.topk(self.top_k, dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        return logits.softmax(-1)
+        return top_softmax(nn.functional.linear(x, self.router.to(x.dtype)), self.top_k)
 
     def forward(self, x: Tensor) -> Tensor:
         each = self.weights(x).repeat_interleave(len(self.down) // self.experts, dim=-1)

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 
 from graftwork.engine.modules import LowRankModule, zeros
 from graftwork.engine.recomputed import recomputed
-from graftwork.engine.seeded import Frozen, generator
+from graftwork.engine.seeded import Frozen, frozen_for, generator
 from graftwork.errors import BadOption
 from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
@@ -78,10 +78,7 @@ class RandLoRA(Technique):
         return Bases(site, self.rank, self.scale)
 
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
-        if not sites:
-            return None
-        widest = max(site.width_in for site in sites), max(site.width_out for site in sites)
-        return Frozen(self.frozen(*widest), sites[0].device)
+        return frozen_for(sites, self.frozen)
 
     def frozen(self, width_in: int, width_out: int) -> dict[str, Tensor]:
         """A (rank, smaller) as `inner` and B (larger, n, rank) as `outer`, for sites of at most these widths."""

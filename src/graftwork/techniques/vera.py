@@ -17,7 +17,7 @@ from torch import Generator, Tensor, nn
 
 from graftwork.engine.modules import LowRankModule, zeros
 from graftwork.engine.scaled_product import scaled_product
-from graftwork.engine.seeded import Frozen, generator, spread
+from graftwork.engine.seeded import Frozen, frozen_for, generator, spread
 from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
@@ -65,10 +65,7 @@ class VeRA(Technique):
         return Scaled(site, self.rank, self.initial)
 
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
-        if not sites:
-            return None
-        widest = max(site.width_in for site in sites), max(site.width_out for site in sites)
-        return Frozen(self.frozen(*widest), sites[0].device)
+        return frozen_for(sites, self.frozen)
 
     def frozen(self, width_in: int, width_out: int) -> dict[str, Tensor]:
         """A as `down` and B as `up`, for sites of at most these widths."""

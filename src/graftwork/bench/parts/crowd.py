@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from graftwork.bench import peer
 from graftwork.bench.hosts import Host, share
 from graftwork.bench.measure import interleaved
+from graftwork.bench.parts.mixed import own_model, peer_model
 from graftwork.bench.settings import DTYPES, Settings
 from graftwork.bench.table import Goal, Table
-from graftwork.bench.variants import LINEARS, base_of
+from graftwork.bench.variants import base_of
 
 PART = "crowd"
 COUNT, LENGTHS, TOKENS, ROWS, RANK = 64, (1, 32), 256, 4, 8
@@ -31,14 +32,15 @@ def measure(settings: Settings, count: int = COUNT, lengths: tuple[int, ...] = L
 
 def _table(settings: Settings, host: Host, dtype: str, count: int, lengths: tuple[int, ...]) -> Table:
     base = base_of(host, DTYPES[dtype], settings.device).eval()
-    own, other = _own(share(base), count), _peer(share(base), host, count) if peer.available() else None
+    names = [f"a{number}" for number in range(count)]
+    own = own_model(share(base), names, RANK)
+    other = peer_model(share(base), host, names, RANK) if peer.available() else None
     about = f"{host.name}, LoRA r{RANK} on all linears; base in {dtype}, {settings.device}"
     table = Table(PART, about, HEADINGS)
     for length in lengths:
         ids = torch.randint(3, host.vocabulary, (count, length), device=settings.device)
-        actions = {(case, "ours"): act for case, act in _rows(own, ids, count).items()}
+        actions = {(case, "ours"): act for case, act in _rows(own, ids, names).items()}
         if other is not None:
-            names = [f"a{number}" for number in range(count)]
             actions[ONE, "peer"] = partial(other, input_ids=ids)
             actions[EACH, "peer"] = partial(other, input_ids=ids, adapter_names=names)
         with torch.no_grad():
@@ -75,17 +77,15 @@ def _fill(
     return times[case, "ours"].over(times[ONE, "ours"])
 
 
-def _rows(model: nn.Module, ids: Tensor, count: int) -> dict[str, Action]:
+def _rows(model: nn.Module, ids: Tensor, names: Sequence[str]) -> dict[str, Action]:
     from graftwork.engine.verbs import active, route
-
-    names = [f"a{number}" for number in range(count)]
 
     def one() -> object:
         with active(model, names[0]):
             return model(input_ids=ids)
 
     def each() -> object:
-        with route(model, names, torch.arange(count)):
+        with route(model, names, torch.arange(len(names))):
             return model(input_ids=ids)
 
     return {ONE: one, EACH: each}
@@ -105,23 +105,3 @@ def _tokens(
             return run()
 
     return {(ONE, "ours"): one, (DOMAINS, "ours"): both}
-
-
-def _own(model: nn.Module, count: int) -> nn.Module:
-    from graftwork.engine.attach import attach
-    from graftwork.techniques.lora import LoRA
-
-    torch.manual_seed(2)
-    for number in range(count):
-        adapter = attach(model, LoRA(rank=RANK, workspaces=LINEARS), name=f"a{number}", verify=False)
-        for parameter in adapter.parameters():
-            parameter.data.normal_(std=0.02)
-    return model.eval()
-
-
-def _peer(model: nn.Module, host: Host, count: int) -> nn.Module:
-    wanted = peer.lora(host, rank=RANK, init_lora_weights=False)
-    wrapped = peer.wrap(model, wanted, "a0")
-    for number in range(1, count):
-        wrapped.add_adapter(f"a{number}", wanted)
-    return wrapped.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from graftwork.bench.measure import Times, interleaved
 from graftwork.bench.settings import DTYPES, Settings
 from graftwork.bench.table import Cell, Goal, Table
 from graftwork.bench.variants import LINEARS, base_of
+from graftwork.engine.attach import attach
+from graftwork.techniques.lora import LoRA
 
 PART = "mixed"
 ROWS, ADAPTERS, SHORT, LONG = 16, 8, 1, 256
@@ -73,14 +75,11 @@ def _fill(table: Table, length: int, times: dict[tuple[str, str], Times]) -> Non
         table.rows.append((f"{ROWS} x {length}", case, *cells, *theirs))
 
 
-def own_model(model: nn.Module) -> nn.Module:
-    """Eight adapters of ours, none the identity."""
-    from graftwork.engine.attach import attach
-    from graftwork.techniques.lora import LoRA
-
+def own_model(model: nn.Module, names: Sequence[str] = NAMES, rank: int = 16) -> nn.Module:
+    """Adapters of ours, none the identity."""
     torch.manual_seed(2)
-    for name in NAMES:
-        adapter = attach(model, LoRA(rank=16, alpha=32, workspaces=LINEARS), name=name)
+    for name in names:
+        adapter = attach(model, LoRA(rank=rank, alpha=2 * rank, workspaces=LINEARS), name=name)
         for parameter in adapter.parameters():
             parameter.data.normal_(std=0.02)
     return model.eval()
@@ -104,11 +103,11 @@ def own_cases(model: nn.Module, ids: Tensor) -> dict[str, Action]:
     return cases
 
 
-def peer_model(model: nn.Module, host: Host) -> Any:
+def peer_model(model: nn.Module, host: Host, names: Sequence[str] = NAMES, rank: int = 16) -> Any:
     """The same with the peer."""
-    wanted = peer.lora(host, init_lora_weights=False)
-    wrapped = peer.wrap(model, wanted, NAMES[0])
-    for name in NAMES[1:]:
+    wanted = peer.lora(host, rank=rank, init_lora_weights=False)
+    wrapped = peer.wrap(model, wanted, names[0])
+    for name in names[1:]:
         wrapped.add_adapter(name, wanted)
     return wrapped.eval()
 
