@@ -21,24 +21,27 @@ from graftwork.reference.technique import Technique
 class Gated(HiddenModule):
     """A hidden module, or the change of a matrix, behind a gate that reads what it reads."""
 
+    mixes = True
+
     def __init__(self, inner: nn.Module, width: int, scale: float) -> None:
         super().__init__()
         self.inner = inner
         self.gate = Gate(width)
         self.scale = scale
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
-        gate = self.gate(x)
-        return gate.view(-1, *(1,) * (x.dim() - 1)), self._answer(x)
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Any]:
+        gate = self.gate(x, real)
+        return gate.view(-1, *(1,) * (x.dim() - 1)), self._answer(x, real)
 
-    def _answer(self, x: Tensor) -> Any:
+    def _answer(self, x: Tensor, real: Tensor | None) -> Any:
         if isinstance(self.inner, LowRankModule) and self.inner.taken() is None:
             down, up = (factor.to(x.dtype) for factor in self.inner.factors())
             read = functional.dropout(x, self.inner.dropout, self.training)
             return self.inner.scale * functional.linear(functional.linear(read, down), up)
         if isinstance(self.inner, DeltaModule):
             return functional.linear(x, self.inner.delta().to(x.dtype))
-        return self.scale * self.inner(x)
+        mixes = getattr(self.inner, "mixes", False)
+        return self.scale * (self.inner(x, real) if mixes else self.inner(x))
 
     def stored_tensors(self) -> dict[str, Tensor]:
         inner = {f"inner.{name}": tensor for name, tensor in stored_tensors(self.inner).items()}

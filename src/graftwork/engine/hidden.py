@@ -154,7 +154,7 @@ def _routed(seat: Seat, name: str, graft: Graft, x: Tensor, y: Tensor) -> Tensor
     if graft.module.span is not None:
         return _spanned(seat, name, graft, x, y)
     if route is None:
-        return integrate(graft.card, y, graft.module(x))
+        return _joined(seat, graft, x, y)
     if y.shape[0] == 1 < route.batch:
         wide = route.batch, *(-1,) * (y.dim() - 1)
         x, y = (y.expand(wide),) * 2 if x is y else (x.expand(wide), y.expand(wide))
@@ -163,16 +163,16 @@ def _routed(seat: Seat, name: str, graft: Graft, x: Tensor, y: Tensor) -> Tensor
             f"{graft.site.key}: {graft.technique} mixes positions and cannot be routed per token"
         )
     if isinstance(route, Blend):
-        return integrate(graft.card, y, graft.module(x))
+        return _joined(seat, graft, x, y)
     tokens = y.shape[1] if y.dim() == 3 else None
     if torch.compiler.is_compiling():
         mask = route.fit(y.shape[0], tokens) == route.names.index(name)
         mask = mask.view(*mask.shape, *(1,) * (y.dim() - mask.dim()))
-        return torch.where(mask, integrate(graft.card, y, graft.module(x)), y)
+        return torch.where(mask, _joined(seat, graft, x, y), y)
     rows = route.rows(name, y.shape[0], tokens)
     if rows.numel() == 0:
         return y
-    return _on_rows(graft, rows, x, y, route.per_token and tokens is not None)
+    return _on_rows(seat, graft, rows, x, y, route.per_token and tokens is not None)
 
 
 def _spanned(seat: Seat, name: str, graft: Graft, x: Tensor, y: Tensor) -> Tensor:
@@ -189,14 +189,24 @@ def _spanned(seat: Seat, name: str, graft: Graft, x: Tensor, y: Tensor) -> Tenso
         return y
     mask, rows = chosen
     if rows is None:
-        return torch.where(mask.unsqueeze(-1), integrate(graft.card, y, graft.module(x)), y)
-    return _on_rows(graft, rows, x, y, True) if rows.numel() else y
+        return torch.where(mask.unsqueeze(-1), _joined(seat, graft, x, y), y)
+    return _on_rows(seat, graft, rows, x, y, True) if rows.numel() else y
 
 
-def _on_rows(graft: Graft, rows: Tensor, x: Tensor, y: Tensor, by_token: bool) -> Tensor:
+def _on_rows(seat: Seat, graft: Graft, rows: Tensor, x: Tensor, y: Tensor, by_token: bool) -> Tensor:
     """The signal changed at some rows of the batch (or tokens of batch x tokens)."""
     flat_y, flat_x = (y.flatten(0, 1), x.flatten(0, 1)) if by_token else (y, x)
     mine = flat_y.index_select(0, rows)
     read = mine if x is y else flat_x.index_select(0, rows)
-    changed = flat_y.index_copy(0, rows, integrate(graft.card, mine, graft.module(read)).to(y.dtype))
+    changed = flat_y.index_copy(0, rows, _joined(seat, graft, read, mine, rows).to(y.dtype))
     return changed.view(y.shape) if by_token else changed
+
+
+def _joined(seat: Seat, graft: Graft, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
+    """The signal y with the answer of one module to x joined; both hold these `rows` of the batch, or all."""
+    if not graft.module.mixes:
+        return integrate(graft.card, y, graft.module(x))
+    frame = seat.state.slots
+    real = None if frame is None else frame.real(x)
+    real = real if real is None or rows is None else real.index_select(0, rows)
+    return integrate(graft.card, y, graft.module(x, real))

@@ -106,9 +106,12 @@ class HiddenModule(nn.Module):
 
     Attributes:
         span: the positions it is for, where it acts on tokens one by one; None: all of every call.
+        mixes: it looks at other positions of a row, and is called with a second argument that says which exist
+            for that row: (B, S), or None for all. (Rows whose prompts differ in length are filled up.)
     """
 
     span: Span | None = None
+    mixes: bool = False
 
 
 class PrefixModule(nn.Module):
@@ -161,14 +164,17 @@ class Linear(nn.Linear):
 
 
 class Gate(nn.Module):
-    """(B,) sigmoid(w x) in [0, 1] for each row of a signal x (B, ..., C), averaged over its positions."""
+    """(B,) sigmoid(w x) in [0, 1] for each row of a signal x (B, ..., C), averaged over its positions, or over
+    those that are `real` (B, S)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width).normal_(std=0.02))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         open_ = (x @ self.weight.to(x.dtype)).sigmoid()
+        if real is not None:
+            return (open_ * real).sum(1) / real.sum(1).to(open_.dtype)
         return open_ if open_.dim() == 1 else open_.flatten(1).mean(1)
 
 

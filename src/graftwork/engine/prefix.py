@@ -83,15 +83,17 @@ def _gates(seat: Seat, running: Running, pairs: list[list[tuple[Tensor, Tensor]]
         return None
     x, seat.kept = seat.kept, None
     assert x is not None  # kept by the attention module's own call
+    frame = seat.state.slots
+    real = None if frame is None else frame.real(x)
     return [
-        torch.cat([_opened(gate, x, values) for gate, (_, values) in zip(each, own, strict=True)])
+        torch.cat([_opened(gate, x, real, values) for gate, (_, values) in zip(each, own, strict=True)])
         for each, own in zip(gates, pairs, strict=True)
     ]
 
 
-def _opened(gate: nn.Module | None, x: Tensor, values: Tensor) -> Tensor:
+def _opened(gate: nn.Module | None, x: Tensor, real: Tensor | None, values: Tensor) -> Tensor:
     """(N, B) the gate of each row, for each of its values (N, W)."""
-    rows = values.new_ones(len(x)) if gate is None else gate(x).to(values.dtype)
+    rows = values.new_ones(len(x)) if gate is None else gate(x, real).to(values.dtype)
     return rows.expand(len(values), -1)
 
 

@@ -47,6 +47,13 @@ class Layout:
         """(B, n) true where a slot holds a prompt position, the prompt first."""
         return self._order() < self.lengths[:, None]
 
+    def real(self, total: int) -> Tensor | None:
+        """(B, total) true but where a slot is filler; None where there is none."""
+        if self.counts is None:
+            return None
+        own = torch.ones(len(self.start), total - self.length, dtype=torch.bool, device=self.start.device)
+        return self.merge(self.used(), own)
+
     def slots(self) -> Tensor:
         """(B, n) where each slot lies: the prompt's in order, then the filler's."""
         order, start = self._order(), self.start[:, None]

@@ -196,6 +196,12 @@ class Frame:
     shift: Shift | None = None
     extent: Extent | None = None
 
+    def real(self, x: Tensor) -> Tensor | None:
+        """(B, S) which positions of a signal x (B, S, C) of this stack are no filler between rows whose prompts
+        differ in length; None: all."""
+        layout = None if self.slots is None else self.slots.layout
+        return None if layout is None or x.dim() != 3 else layout.real(x.shape[1])
+
 
 def compose(
     seat: Seat, layers: tuple[Seat, ...], batch: int, device: torch.device, causal: bool

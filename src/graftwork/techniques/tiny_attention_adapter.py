@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -62,6 +63,8 @@ class TinyAttentionAdapter(Technique):
 
 
 class TinyAttention(HiddenModule):
+    mixes = True
+
     def __init__(self, width_in: int, width_out: int, width: int, heads: int, causal: bool) -> None:
         super().__init__()
         self.query = Linear(width_in, heads * width, bias=False)
@@ -71,7 +74,7 @@ class TinyAttention(HiddenModule):
         nn.init.zeros_(self.output.weight)
         self.heads, self.causal = heads, causal
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, real: Tensor | None = None) -> Tensor:
         if h.dim() < 3:
             raise PortUnavailable(
                 f"tiny-attention-adapter: a signal of shape {tuple(h.shape)} has no positions to attend to. "
@@ -80,5 +83,14 @@ class TinyAttention(HiddenModule):
         tokens = functional.layer_norm(h.flatten(1, -2), h.shape[-1:])
         parts = (part(tokens).unflatten(-1, (self.heads, -1)) for part in (self.query, self.key, self.value))
         query, key, value = (part.transpose(1, 2) for part in parts)
-        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        if real is None:
+            mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        else:
+            mixed = functional.scaled_dot_product_attention(query, key, value, self._seen(real))
         return self.output(mixed.transpose(1, 2).flatten(2)).unflatten(1, h.shape[1:-1])
+
+    def _seen(self, real: Tensor) -> Tensor:
+        """(B, 1, S, S) which positions each looks at; all look at themselves, so that no softmax is empty."""
+        size = real.shape[1]
+        seen = real[:, None, :] | torch.eye(size, dtype=torch.bool, device=real.device)
+        return (seen.tril() if self.causal else seen).unsqueeze(1)
