@@ -38,6 +38,8 @@ from graftwork.techniques.prefix_tuning import PrefixTuning
 from graftwork.techniques.prompt_tuning import PromptTuning
 from graftwork.techniques.vera import VeRA
 
+pytestmark = pytest.mark.slow
+
 CLOSE = 1e-5
 DECODES = ("llama", "qwen3", "smollm3", "gpt-neox", "gpt2", "opt", "t5", "t5-four", "t5-short", "bart")
 

@@ -45,6 +45,7 @@ def trained(name: str, *parts: object, called: str = "fr") -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("technique", sorted(techniques()))
 @pytest.mark.parametrize("name", ["llama", "bert-classifier"])
 def test_every_technique_comes_back(technique: str, name: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ TECHNIQUES = {
 HOSTS = ("llama", "bert-classification", "gpt2", "t5", "vit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_prediction_is_what_a_step_keeps(host: str, name: str) -> None:

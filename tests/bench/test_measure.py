@@ -7,6 +7,8 @@ import torch
 
 from graftwork.bench.measure import Times, interleaved, peak_rise
 
+pytestmark = pytest.mark.slow
+
 
 def test_turns_go_forth_and_back_and_the_warmup_does_not_count() -> None:
     order: list[str] = []

@@ -14,6 +14,8 @@ from graftwork.bench.settings import Settings
 from graftwork.bench.table import Table
 from graftwork.bench.variants import FLOOR, FULL, variants
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 HIDDEN, INNER, VOCABULARY, LAYERS = 32, 48, 64, 2
 NORMS = (2 * LAYERS + 1) * HIDDEN
@@ -49,7 +51,6 @@ def test_saved_bytes_trained_parameters_and_ratios() -> None:
     assert column(table, "/ peft")["(IA)3"] == pytest.approx(kept["(IA)3"] / theirs)
 
 
-@pytest.mark.slow
 def test_peak_holds_at_least_what_is_saved_and_the_gradients() -> None:
     chosen = tuple(v for v in variants() if v.name in ("LoRA r16, all linears", "norm tuning"))
     (table,), (small,) = peak.measure(bed(), chosen), saved.measure(bed(), chosen)
@@ -81,7 +82,6 @@ def test_a_variant_that_fails_is_a_note_and_the_rest_goes_on() -> None:
     assert column(table, "/ peft")[first.name] is None
 
 
-@pytest.mark.slow
 def test_without_the_peer_its_columns_are_empty_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graftwork.bench.peer.available", lambda: False)
     (table,) = saved.measure(bed(), variants()[:1])
@@ -105,7 +105,6 @@ def test_the_eight_adapters_of_a_mixed_batch_are_those_of_its_rows() -> None:
                 torch.testing.assert_close(together.logits[row], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_parts_about_many_adapters_files_and_merging() -> None:
     (table,) = many.measure(bed(), count=2)
     assert [row[0] for row in table.rows] == ["1", "2"]

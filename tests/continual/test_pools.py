@@ -14,6 +14,8 @@ from graftwork.continual.keys import pull, select
 from graftwork.continual.pool import Pool
 from graftwork.errors import BadOption, RouteError
 
+pytestmark = pytest.mark.slow
+
 LORA = gw.LoRA(rank=2, alpha=2)
 SIZES = {"members": 4, "chosen": 2}
 

@@ -145,6 +145,7 @@ def test_check_10_a_task_is_given_its_own_data_alone():
     assert held == own
 
 
+@pytest.mark.slow
 def test_learns_classes_and_domains():
     for scenario in (split_images(), image_domains()):
         for technique in (PROMPT, LORA):

@@ -10,6 +10,8 @@ import graftwork as gw
 from graftwork.continual import Learning, Samples, Sequential, TaskAdapters, by_classes, by_domains, run
 from graftwork.errors import BadData, BadFile, BadOption, StateError
 
+pytestmark = pytest.mark.slow
+
 SHORT = Learning(epochs=1, batch_size=8, learning_rate=5e-3, seed=3)
 
 

@@ -106,6 +106,7 @@ def test_peft_prefix_tuning_is_a_prefix_with_positions_moved_by_its_length():
         assert torch.equal(ours, theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("who", ["a", "routed"])
 def test_cached_chunked_and_static_generation_give_the_uncached_logits(name, who):

@@ -41,6 +41,7 @@ def definition(x, weight, bias, down, up, scale, mask=None):
 MASKS = {None: None, "sample": (2, 1, RANK), "token": (2, 4, RANK), "all": (RANK,)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lead", [(), (4,), (2, 4), (2, 2, 4)])
 @pytest.mark.parametrize("host", ["none", "weight", "weight and bias", "transposed view"])
 def test_first_and_second_gradients(lead, host):

@@ -273,6 +273,7 @@ def test_tuples_and_positional_calls():
 # ---- caches and generation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("who", ["a", "routed"])
 def test_cached_chunked_and_static_generation_give_the_uncached_logits(name, who):
@@ -291,6 +292,7 @@ def test_cached_chunked_and_static_generation_give_the_uncached_logits(name, who
                 assert gap(stepwise(model, ids, mask, 6, 1, static), full, mask) < 5e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["llama", "gpt2", "bloom", "t5", "t5:decoder", "bart", "bart:decoder", "mamba"]
 )

@@ -16,6 +16,8 @@ from graftwork.initialisers.statistics import InputDirections
 from graftwork.laws import LAWS, answer, stir
 from graftwork.testing import tiny, tiny_batch
 
+pytestmark = pytest.mark.slow
+
 STARTS = {
     "lora, eva": gw.LoRA(rank=2, init="eva"),
     "lora, lora-ga": gw.LoRA(rank=2, alpha=4, init="lora-ga"),
@@ -36,7 +38,6 @@ def test_law(start: str, law: str) -> None:
     LAWS[law]("llama", STARTS[start])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("host", ["bert", "bert-classification", "gpt2", "t5", "vit", "resnet"])
 def test_law_of_eva(host: str, law: str) -> None:
@@ -283,7 +284,6 @@ def test_ranks_of_their_own_go_into_a_file_and_to_peft(tmp_path) -> None:
     torch.testing.assert_close(answer(theirs, batch), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rho", [1.0, 2.0])
 def test_eva_agrees_with_peft(rho: float) -> None:
     peft = pytest.importorskip("peft")
@@ -356,7 +356,6 @@ def test_the_first_step_of_lora_ga_is_the_best_of_its_rank() -> None:
     torch.testing.assert_close(step, 8**0.5 / 16 * best)
 
 
-@pytest.mark.slow
 def test_lora_ga_agrees_with_peft_in_its_directions() -> None:
     """HF PEFT multiplies B by the singular values and scales B alone; the directions are the same."""
     peft = pytest.importorskip("peft")

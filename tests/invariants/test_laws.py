@@ -6,16 +6,15 @@ import pytest
 import torch
 
 import graftwork as gw
-from cases import cases
+from cases import cases, first_cases
 from graftwork.errors import NothingMatches, PortUnavailable, RouteError
 from graftwork.laws import LAWS
 from graftwork.reference.catalogue import techniques
 from graftwork.reference.technique import Technique
 from graftwork.testing import tiny
 
-EVERYDAY = ("bert", "llama")
-HOSTS = (*EVERYDAY, "bert-classification", "gpt2", "t5", "vit", "mamba", "resnet")
-
+EVERYDAY = "bert"
+HOSTS = (EVERYDAY, "llama", "bert-classification", "gpt2", "t5", "vit", "mamba", "resnet")
 
 # (technique, host) -> a word of the reason. Anything that starts or stops being refused must be looked at.
 REFUSED: dict[tuple[str, str], str] = {
@@ -64,6 +63,7 @@ def test_every_technique_has_a_case() -> None:
     assert {case.name for case in cases().values()} == set(techniques())
 
 
+@pytest.mark.slow
 def test_refusals_are_the_known_ones() -> None:
     found = {
         (name, host): reason
@@ -75,11 +75,16 @@ def test_refusals_are_the_known_ones() -> None:
     assert all(word in found[case] for case, word in REFUSED.items())
 
 
+CASES = [
+    pytest.param(name, host, marks=() if host == EVERYDAY and name in first else pytest.mark.slow)
+    for first in (first_cases(),)
+    for name in cases()
+    for host in HOSTS
+]
+
+
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize(
-    "host", [pytest.param(host, marks=() if host in EVERYDAY else pytest.mark.slow) for host in HOSTS]
-)
-@pytest.mark.parametrize("name", cases())
+@pytest.mark.parametrize(("name", "host"), CASES)
 def test_law(name: str, host: str, law: str) -> None:
     torch.manual_seed(0)
     technique = cases()[name]
@@ -93,6 +98,7 @@ def test_law(name: str, host: str, law: str) -> None:
         pytest.skip(f"{UNROUTABLE[name, host]} (pinned)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in cases() if (name, "bert") not in REFUSED])
 def test_every_tensor_is_made_where_the_host_is(name: str) -> None:
     model = tiny("bert").to("meta")

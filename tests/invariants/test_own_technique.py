@@ -63,6 +63,7 @@ def registered() -> Iterator[None]:
     del catalogue._registered["cosine-lora"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("host", ["bert", "llama", "gpt2", "t5", "vit", "mamba", "resnet"])
 def test_law(law: str, host: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import graftwork as gw
-from cases import cases
+from cases import first_cases
 from graftwork.errors import NothingMatches, PortUnavailable
 from graftwork.laws import answer, close, real, stir, told
 from graftwork.reference.catalogue import techniques
@@ -30,10 +30,9 @@ def crowded(host: str) -> tuple[nn.Module, tuple[str, ...]]:
     model = tiny(host)
     for number, name in enumerate(("nli", "sentiment")):  # what the fusion is of
         stir(gw.attach(model, gw.BottleneckAdapter(width=4), name=name), seed=100 + number)
-    first = {technique.name: name for name, technique in reversed(cases().items())}
-    for number, name in enumerate(first.values()):
+    for number, (name, technique) in enumerate(first_cases().items()):
         try:
-            adapter = grafted(model, host, cases()[name], name=name.replace("-", "_"), head=False)
+            adapter = grafted(model, host, technique, name=name.replace("-", "_"), head=False)
         except (PortUnavailable, NothingMatches):
             continue
         stir(adapter, seed=number)

@@ -135,6 +135,7 @@ def test_pain_09_merging_rounds_once_and_unmerging_restores_every_bit() -> None:
     assert list(gw.adapters(model)) == ["fr"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_pain_16_no_technique_writes_into_the_base(name: str) -> None:
     """So switching it off is the base, and a second adapter starts from the same weights as the first."""

@@ -190,6 +190,7 @@ def test_prompts_are_not_counted(host: str) -> None:
     assert out.shape == alone.shape
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     model, batch = tiny("llama"), tiny_batch("llama")
     stir(gw.attach(model, gw.LoReFT(rank=2, first=1, last=1)))

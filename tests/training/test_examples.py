@@ -11,6 +11,8 @@ from graftwork.models.hosts import HOSTS
 from graftwork.tasks.registry import make_task, tasks
 from graftwork.training.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 

@@ -23,6 +23,8 @@ from graftwork.training.materials import Materials
 from graftwork.training.recipe import Recipe
 from graftwork.training.run import make_trainer, tune
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 BASE: dict[str, Any] = {
     "model": "minilm",
@@ -141,7 +143,6 @@ def test_terms_of_weight_0_train_bit_for_bit_like_none(tmp_path: Path) -> None:
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-@pytest.mark.slow
 def test_a_run_from_a_recipe(stage: Path, tmp_path: Path) -> None:
     objectives = [
         {"name": "consistency", "weight": 0.1, "temperature": 2, "schedule": "cosine"},
@@ -156,7 +157,6 @@ def test_a_run_from_a_recipe(stage: Path, tmp_path: Path) -> None:
     assert Recipe.load(tmp_path / "run" / "recipe.yaml").terms() == recipe.terms()
 
 
-@pytest.mark.slow
 def test_a_lean_run_keeps_its_logits_where_a_term_reads_them(stage: Path, tmp_path: Path) -> None:
     values = recipe_values(stage, tmp_path / "run", lean=True, steps=2)
     host = save_host("llama", tmp_path / "host")

@@ -13,6 +13,8 @@ from graftwork.training.order import ByLength, lengths
 from graftwork.training.recipe import Recipe
 from graftwork.training.run import tune
 
+pytestmark = pytest.mark.slow
+
 DRAW = random.Random(3)
 LENGTHS = [DRAW.randrange(3, 60) for _ in range(4107)]
 

@@ -19,6 +19,8 @@ from graftwork.training.recipe import Recipe
 from graftwork.training.result import RunResult
 from graftwork.training.run import tune
 
+pytestmark = pytest.mark.slow
+
 
 def run(stage: Path, output: Path, technique: object = None, **training: object) -> RunResult:
     values = recipe_values(stage, output, **training)

@@ -18,6 +18,8 @@ from graftwork.training.materials import Materials
 from graftwork.training.run import make_trainer, scores_on
 from graftwork.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 torch.set_num_threads(1)
 TASK = make_task("text-classification", {"labels": ["no", "yes"]})
 

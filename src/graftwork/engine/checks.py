@@ -52,7 +52,7 @@ def root_call(
 
 def _check_whole(state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A cache keeps what the host's own attention needs of earlier positions, and nothing for our modules."""
-    looking = (adapter.looks_back for name, adapter in state.adapters.items() if name in state.running)
+    looking = (state.adapters[name].looks_back for name in state.running)
     graft = next(filter(None, looking), None)
     if graft is None or not any(is_cache(value) and filled(value) for value in (*args, *kwargs.values())):
         return

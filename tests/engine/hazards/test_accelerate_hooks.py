@@ -114,6 +114,7 @@ def test_attach_then_offload_is_refused():
         model(**batch())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", techniques())
 def test_prepare_leaves_a_model_that_detaches(name):
     from accelerate import Accelerator
