@@ -7,6 +7,7 @@ it always had. Deep prompts overwrite their slots at the input of each layer.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, Literal
 
 from torch import nn
 
@@ -71,13 +72,8 @@ def follow(model: nn.Module, seat: Seat) -> None:
 
 def unfollow(model: nn.Module, seat: Seat) -> None:
     """Undo `follow` when no prefix at this attention module asks for it any more."""
-    if shifts(seat):
-        return
-    for other in _seats(model):
-        around = other.around
-        if isinstance(around, AtStack) and seat in around.prefixes:
-            left = tuple(one for one in around.prefixes if one is not seat)
-            other.around = _needed(replace(around, prefixes=left))
+    if not shifts(seat):
+        _strike(model, seat, "prefixes")
 
 
 def count(model: nn.Module, seat: Seat, site: Site) -> None:
@@ -92,13 +88,8 @@ def count(model: nn.Module, seat: Seat, site: Site) -> None:
 def uncount(model: nn.Module, seat: Seat) -> None:
     """Undo `count` when no module with a span is left at this site."""
     grafts = [graft for here in seat.at(Port.HIDDEN).values() for graft in here]
-    if any(graft.module.span is not None for graft in grafts):
-        return
-    for other in _seats(model):
-        around = other.around
-        if isinstance(around, AtStack) and seat in around.counted:
-            left = tuple(one for one in around.counted if one is not seat)
-            other.around = _needed(replace(around, counted=left))
+    if all(graft.module.span is None for graft in grafts):
+        _strike(model, seat, "counted")
 
 
 def uninstall(model: nn.Module, module: nn.Module, seat: Seat) -> None:
@@ -114,6 +105,15 @@ def uninstall(model: nn.Module, module: nn.Module, seat: Seat) -> None:
             other.around = None
         elif isinstance(other.around, AtStack) and other.around.encoder is stack:
             other.around = _needed(replace(other.around, encoder=None))
+
+
+def _strike(model: nn.Module, seat: Seat, listed: Literal["prefixes", "counted"]) -> None:
+    """Take a seat off a list that stacks keep; what is around a stack goes when nothing needs it any more."""
+    for other in _seats(model):
+        around = other.around
+        if isinstance(around, AtStack) and seat in (seats := getattr(around, listed)):
+            left: dict[str, Any] = {listed: tuple(one for one in seats if one is not seat)}
+            other.around = _needed(replace(around, **left))
 
 
 def _needed(around: AtStack) -> AtStack | None:
