@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from graftwork.anatomy.resolve import all_sites
 from graftwork.engine.adapter import Adapter, Placed, stored_tensors
 from graftwork.engine.attach import attach, detach, require, state_of
 from graftwork.engine.seat import seat_of
-from graftwork.engine.verbs import adapters
+from graftwork.engine.verbs import adapters, as_found
 from graftwork.errors import BadFile, CardConflict, NothingMatches, PortUnavailable, StateError, WrongBase
 
 TASK_WORKSPACES = ("head", "lm_head", "pooler")
@@ -166,19 +166,14 @@ def refuse_merged(model: nn.Module, what: str) -> None:
 @contextmanager
 def _all_or_nothing(model: nn.Module, name: str) -> Iterator[None]:
     """Take the new adapter off again, and put every set back, when the block fails."""
-    before = dict(adapters(model))
-    state = state_of(model) if before else None
-    kept = (state.snapshot(), state.training, state.unreached, state.ungraded) if state else None
-    training = {id(p): p.requires_grad for adapter in before.values() for p in adapter.parameters()}
-    try:
-        yield
-    except BaseException:
-        if name not in before and name in adapters(model):
+    known = adapters(model)
+
+    def take_off() -> None:
+        if name not in known and name in adapters(model):
             detach(model, name)
-        if state and kept:
-            choice, state.training, state.unreached, state.ungraded = kept
-            state.active, state.route, state.chosen = choice.active, choice.route, choice.chosen
-        for adapter in before.values():
-            for parameter in adapter.parameters():
-                parameter.requires_grad_(training[id(parameter)])
-        raise
+
+    with ExitStack() as undo:
+        undo.enter_context(as_found(model, checks=True))
+        undo.callback(take_off)
+        yield
+        undo.pop_all()

@@ -5,8 +5,7 @@ Each setting verb works as a statement, and as a context manager that restores e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from graftwork.engine.chosen import Chosen, Router
 from graftwork.engine.hints import Encoding, hints_of
 from graftwork.engine.route import Route
 from graftwork.engine.seat import seat_of
-from graftwork.engine.state import Routing, Snapshot, State
+from graftwork.engine.state import Routing, State
 from graftwork.errors import BadData, RouteError, StateError
 from graftwork.reference.properties import Port
 
@@ -157,25 +156,32 @@ def reads_hints(model: nn.Module) -> bool:
     return any(getattr(module, "hinted", False) for module in modules)
 
 
-@contextmanager
-def as_found(model: nn.Module) -> Iterator[None]:
-    """Attach and detach within, and leave what is active, routed and trainable as it was."""
+def as_found(model: nn.Module, *, checks: bool = False) -> Restore:
+    """Attach and detach within; leaving puts back what was active, routed and trainable.
+
+    Args:
+        checks: put back too what the next forward and backward check, so that what was attached is not checked.
+    """
     before = adapters(model)
-    kept = (state_of(model).snapshot(), state_of(model).training) if before else (Snapshot((), None), ())
+    state = state_of(model) if before else State()
+    choice, training, checked = state.snapshot(), state.training, (state.unreached, state.ungraded)
     flags = {id(p): p.requires_grad for adapter in before.values() for p in adapter.parameters()}
-    try:
-        yield
-    finally:
-        if adapters(model):
-            state = state_of(model)
-            choice, training = kept
-            state.active = tuple(name for name in choice.active if name in state.adapters)
-            state.training = tuple(name for name in training if name in state.adapters)
-            state.route, state.chosen = choice.route, choice.chosen
-            state.ungraded = state.ungraded and bool(training)
-            for adapter in state.adapters.values():
-                for parameter in adapter.parameters():
-                    parameter.requires_grad_(flags.get(id(parameter), False))
+
+    def undo() -> None:
+        if not adapters(model):
+            return
+        state = state_of(model)
+        state.active = tuple(name for name in choice.active if name in state.adapters)
+        state.training = tuple(name for name in training if name in state.adapters)
+        state.route, state.chosen = choice.route, choice.chosen
+        state.ungraded = state.ungraded and bool(training)
+        if checks:
+            state.unreached, state.ungraded = checked
+        for adapter in state.adapters.values():
+            for parameter in adapter.parameters():
+                parameter.requires_grad_(flags.get(id(parameter), False))
+
+    return Restore(undo)
 
 
 def _refuse_unblendable(state: State, names: Sequence[str]) -> None:
