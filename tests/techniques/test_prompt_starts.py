@@ -65,19 +65,21 @@ def test_a_file_keeps_the_prompt_and_not_where_it_started(tmp_path: Path) -> Non
 
 
 def test_what_cannot_start_from_a_text_says_so() -> None:
-    for alone in (gw.PromptTuning(init="text"), gw.PromptTuning(text="w1")):
-        with pytest.raises(BadOption, match="belong together"):
-            gw.attach(tiny("llama"), alone)
-    with pytest.raises(BadOption, match="tokenized"):
-        gw.attach(tiny("llama"), gw.PromptTuning(init="text", text="w1"))
+    for kind in (gw.PromptTuning, gw.MultitaskPromptTuning):
+        for alone in (kind(init="text"), kind(text="w1"), kind(ids=(1,))):
+            with pytest.raises(BadOption, match="belong together"):
+                gw.attach(tiny("llama"), alone)
+        with pytest.raises(BadOption, match="tokenized"):
+            gw.attach(tiny("llama"), kind(init="text", text="w1"))
     with pytest.raises(BadOption, match="not in the vocabulary of 99"):
         gw.attach(tiny("llama"), gw.PromptTuning(init="text", ids=(1, 99)))
     with pytest.raises(BadOption, match="no vocabulary"):
         gw.attach(tiny("vit"), gw.PromptTuning(init="text", ids=(1,)))
 
 
-def test_a_recipe_uses_the_tokenizer_of_its_base(tokenizer: Any) -> None:
-    technique = gw.make("prompt-tuning", {"length": 4, "init": "text", "text": "w3 w5"})
+@pytest.mark.parametrize("kind", ["prompt-tuning", "multitask-prompt-tuning"])
+def test_a_recipe_uses_the_tokenizer_of_its_base(kind: str, tokenizer: Any) -> None:
+    technique = gw.make(kind, {"length": 4, "init": "text", "text": "w3 w5"})
     materials = Materials(make_task("causal-lm"), tiny("llama"), tokenizer, {})
     assert technique.tokenized(materials.ids).ids == (3, 5)  # type: ignore[attr-defined]
     images = Materials(make_task("image-classification"), tiny("vit"), None, {})

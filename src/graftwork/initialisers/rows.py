@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +11,22 @@ from graftwork.errors import BadOption
 from graftwork.reference.site import Site
 
 
-def prompt_rows(site: Site, length: int, init: str, ids: Sequence[int] = ()) -> Tensor:
+def text_ids(encode: Callable[[str], Sequence[int]], text: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The ids, where there are any, else those of the text."""
+    return ids or (tuple(encode(text)) if text else ())
+
+
+def prompt_rows(site: Site, length: int, init: str, text: str = "", ids: Sequence[int] = ()) -> Tensor:
     """(length, C) rows for a stack: "normal" noise of its table's spread (std 0.02 without one), rows drawn from
     the "vocabulary", or those of `ids`, repeated or cut to the length.
 
     Raises:
-        BadOption: no table to take rows from, no ids, or one outside the table.
+        BadOption: a text that is not to start from, no table to take rows from, no ids, or one outside the table.
     """
+    if (init == "text") != bool(text or ids):
+        raise BadOption(
+            "a prompt's init='text' and its `text` (or `ids`) belong together: give both or neither"
+        )
     rows = torch.empty(length, site.width).normal_(std=0.02)
     if site.matrix is None and init != "normal":
         raise BadOption(f"{site.key} has no vocabulary to draw a prompt from; use init='normal'")

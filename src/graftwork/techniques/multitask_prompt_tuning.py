@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from graftwork.engine.modules import PromptModule
 from graftwork.errors import BadOption
-from graftwork.initialisers.rows import prompt_rows
+from graftwork.initialisers.rows import prompt_rows, text_ids
 from graftwork.reference.card import Card, Insertions
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -71,13 +71,13 @@ class MultitaskPromptTuning(Technique):
     front: bool = False
 
     def tokenized(self, encode: Callable[[str], Sequence[int]]) -> MultitaskPromptTuning:
-        return self if self.ids or not self.text else replace(self, ids=tuple(encode(self.text)))
+        return replace(self, ids=text_ids(encode, self.text, self.ids))
 
     def others(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for name in (self.shares, *self.sources) if name))
 
     def build(self, site: Site) -> nn.Module:
-        return TaskPrompt(prompt_rows(site, self.length, self.init, self.ids), self)
+        return TaskPrompt(prompt_rows(site, self.length, self.init, self.text, self.ids), self)
 
     def stored(self) -> MultitaskPromptTuning:
         return MultitaskPromptTuning(

@@ -18,8 +18,7 @@ from typing import Annotated, ClassVar, Literal
 from torch import Tensor, nn
 
 from graftwork.engine.modules import PromptModule
-from graftwork.errors import BadOption
-from graftwork.initialisers.rows import prompt_rows
+from graftwork.initialisers.rows import prompt_rows, text_ids
 from graftwork.reference.card import Card, Insertions
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -64,12 +63,10 @@ class PromptTuning(Technique):
     front: bool = False
 
     def tokenized(self, encode: Callable[[str], Sequence[int]]) -> PromptTuning:
-        return self if self.ids or not self.text else replace(self, ids=tuple(encode(self.text)))
+        return replace(self, ids=text_ids(encode, self.text, self.ids))
 
     def build(self, site: Site) -> nn.Module:
-        if (self.init == "text") != bool(self.text or self.ids):
-            raise BadOption(f"{self.name}: init='text' and `text` (or `ids`) belong together")
-        return Prompt(prompt_rows(site, self.length, self.init, self.ids), self.front)
+        return Prompt(prompt_rows(site, self.length, self.init, self.text, self.ids), self.front)
 
     def stored(self) -> PromptTuning:
         return replace(self, init="normal", text="", ids=())

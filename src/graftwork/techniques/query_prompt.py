@@ -18,6 +18,7 @@ from torch import nn
 
 from graftwork.engine.modules import CrossAttention, HintModule, Hints, Positions
 from graftwork.errors import BadOption, PortUnavailable
+from graftwork.initialisers.rows import text_ids
 from graftwork.reference.card import Card, Insertions
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
@@ -71,8 +72,8 @@ class QueryPrompt(Technique):
     closing_ids: tuple[int, ...] = ()
 
     def tokenized(self, encode: Callable[[str], Sequence[int]]) -> QueryPrompt:
-        opening = self.opening_ids or tuple(encode(self.opening) if self.opening else ())
-        closing = self.closing_ids or tuple(encode(self.closing) if self.closing else ())
+        opening = text_ids(encode, self.opening, self.opening_ids)
+        closing = text_ids(encode, self.closing, self.closing_ids)
         return replace(self, opening_ids=opening, closing_ids=closing)
 
     def build(self, site: Site) -> nn.Module:
