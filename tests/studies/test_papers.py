@@ -18,10 +18,10 @@ from graftwork.studies.data_to_text import Generation
 from graftwork.studies.orders import pairs, summary
 from graftwork.studies.orders import table as orders_table
 from graftwork.studies.papers import natural_galore, sst2, weight_space
+from graftwork.studies.rates import best_rate
 from graftwork.studies.session import Session
 from graftwork.studies.stories import prepare, tokenizer
 from graftwork.studies.study import Settings
-from graftwork.studies.tuned import best_rate
 from graftwork.training.recipe import Recipe
 
 SPECIAL = {"<unk>": 0.0, "\n<s>\n": 0.0, "\n</s>\n": 0.0}
@@ -198,6 +198,10 @@ def test_the_rate_is_chosen_by_score_then_loss() -> None:
 
     assert best_rate({1.0: at(0.5, 0.1), 2.0: at(0.6, 0.9), 3.0: at(0.6, 0.8)}) == 3.0
     assert best_rate({1.0: at(0.0, math.nan), 2.0: at(0.0, 5.0)}) == 2.0
+    losses = {
+        rate: made("a", [loss], "choice loss")[0] for rate, loss in ((1.0, 0.3), (2.0, 0.2), (3.0, math.nan))
+    }
+    assert best_rate(losses) == 2.0
 
 
 def test_sst2_needs_its_data_and_judges_by_its_goal() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from typing import Any
 
 from graftwork.studies.cells import Cell, Line, Measured
 from graftwork.studies.findings import Table
+from graftwork.studies.rates import Searched, best_rate, try_rates
 from graftwork.studies.session import Session
 from graftwork.training.recipe import Recipe
 from graftwork.training.run import tune
 
 Values = dict[str, Any]
-Searched = Mapping[str, Mapping[float, Cell]]
 
 
 @dataclass(frozen=True)
@@ -62,19 +61,7 @@ def cell(session: Session, bed: Bed, arm: str, seed: int, rate: float) -> Cell:
 
 def search(session: Session, bed: Bed, arms: Iterable[str]) -> dict[str, dict[float, Cell]]:
     """Each arm at each of its rates, with the first seed."""
-    seed = session.seeds[0]
-    return {arm: {rate: cell(session, bed, arm, seed, rate) for rate in bed.rates(arm)} for arm in arms}
-
-
-def best_rate(by_rate: Mapping[float, Cell]) -> float:
-    """The rate with the highest validation score, the lowest validation loss among equals."""
-
-    def worth(rate: float) -> tuple[float, float]:
-        figures = by_rate[rate].figures
-        loss = figures["choice loss"]
-        return figures["choice score"], -loss if math.isfinite(loss) else -math.inf
-
-    return max(by_rate, key=worth)
+    return try_rates(partial(cell, session, bed), {arm: bed.rates(arm) for arm in arms}, session.seeds[0])
 
 
 def rates_table(bed: Bed, searched: Searched, seed: int) -> Table:

@@ -25,6 +25,7 @@ from graftwork.reference.technique import Technique
 from graftwork.routing import ByToken
 from graftwork.studies.cells import Cell, Measured
 from graftwork.studies.findings import Column, Findings, Table, mean_table
+from graftwork.studies.rates import best_rates, losses_table, try_rates
 from graftwork.studies.session import Session
 from graftwork.studies.spread import paired
 from graftwork.studies.study import Study
@@ -92,16 +93,13 @@ def run(session: Session) -> Findings:
     plan: Plan = session.pick(small=SMALL, full=ENTIRE)
     measure = partial(_cell, session, plan)
     first = session.seeds[0]
-    searched = {name: {rate: measure(name, first, rate) for rate in arm.rates} for name, arm in ARMS.items()}
-    best = {
-        name: min(by_rate, key=lambda rate: by_rate[rate].figures["choice loss"])
-        for name, by_rate in searched.items()
-    }
+    searched = try_rates(measure, {name: arm.rates for name, arm in ARMS.items()}, first)
+    best = best_rates(searched)
     cells = {name: [measure(name, seed, best[name]) for seed in session.seeds] for name in ARMS}
     return Findings(
         verdict=verdict(cells),
         method=_method(plan, first),
-        tables=[_results(cells, best), _search(searched, first)],
+        tables=[_results(cells, best), losses_table(searched, first)],
     )
 
 
@@ -236,17 +234,6 @@ def _results(cells: Mapping[str, Sequence[Cell]], best: Mapping[str, float]) -> 
         for row in table.rows
     ]
     return Table(table.title, ["", "adapter parameters", "rate", *table.headings[1:]], rows)
-
-
-def _search(searched: Mapping[str, Mapping[float, Cell]], seed: int) -> Table:
-    rates = sorted({rate for by_rate in searched.values() for rate in by_rate})
-    rows = [
-        [name, *(f"{by_rate[rate].figures['choice loss']:.3f}" if rate in by_rate else "" for rate in rates)]
-        for name, by_rate in searched.items()
-    ]
-    return Table(
-        f"Choosing the rate: held-out loss, seed {seed}", ["", *(f"{rate:g}" for rate in rates)], rows
-    )
 
 
 def _method(plan: Plan, seed: int) -> str:

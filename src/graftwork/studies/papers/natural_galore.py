@@ -28,6 +28,7 @@ from graftwork.optimizers.memory import state_bytes
 from graftwork.optimizers.natural_galore import NaturalGaLore
 from graftwork.studies.cells import Cell, Measured
 from graftwork.studies.findings import Column, Findings, Plot, Table, mean_curve, mean_table
+from graftwork.studies.rates import best_rates, losses_table, try_rates
 from graftwork.studies.session import Session
 from graftwork.studies.spread import paired
 from graftwork.studies.study import Study
@@ -82,11 +83,8 @@ def run(session: Session) -> Findings:
     plan: Plan = session.pick(small=SMALL, full=FULL)
     corpus = read(session.data("wikitext-2"))
     measure = partial(_cell, session, plan, corpus)
-    searched = {arm: {rate: measure(arm, session.seeds[0], rate) for rate in RATES} for arm in OPTIMIZERS}
-    best = {
-        arm: min(RATES, key=lambda rate: _or_infinite(searched[arm][rate].figures["choice loss"]))
-        for arm in OPTIMIZERS
-    }
+    searched = try_rates(measure, dict.fromkeys(OPTIMIZERS, RATES), session.seeds[0])
+    best = best_rates(searched)
     cells = {arm: [measure(arm, seed, best[arm]) for seed in session.seeds] for arm in OPTIMIZERS}
     spent = session.cell(
         "update", corpus.name, session.seeds[0], partial(times, plan, corpus), **_sizes(plan)
@@ -94,7 +92,7 @@ def run(session: Session) -> Findings:
     return Findings(
         verdict=" ".join([verdict(cells), *edges(best)]),
         method=_method(plan, corpus, session.seeds[0]),
-        tables=[_results(cells, best, spent), _search(searched, session.seeds[0])],
+        tables=[_results(cells, best, spent), losses_table(searched, session.seeds[0])],
         plots=[
             Plot(
                 f"{corpus.name}, equal steps and rank",
@@ -284,24 +282,6 @@ def _results(cells: Mapping[str, Sequence[Cell]], best: Mapping[str, float], spe
         f"backward before it take {spent.figures[GRADIENT] * 1e3:.0f} ms. A renewal costs an SVD of each matrix more."
     )
     return Table(table.title, headings, rows, [note])
-
-
-def _search(searched: Mapping[str, Mapping[float, Cell]], seed: int) -> Table:
-    rows = [
-        [arm, *(_shown(cell.figures["choice loss"]) for cell in by_rate.values())]
-        for arm, by_rate in searched.items()
-    ]
-    return Table(
-        f"Choosing the rate: held-out loss, seed {seed}", ["", *(f"{rate:g}" for rate in RATES)], rows
-    )
-
-
-def _shown(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "diverged"
-
-
-def _or_infinite(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
 
 
 def _method(plan: Plan, corpus: Corpus, seed: int) -> str:

@@ -16,6 +16,7 @@ from graftwork.reference.technique import Technique
 from graftwork.studies import stories
 from graftwork.studies.cells import Cell, Measured
 from graftwork.studies.findings import Column, Findings, Table, mean_table
+from graftwork.studies.rates import best_rates, try_rates
 from graftwork.studies.session import Session
 from graftwork.studies.spread import difference
 from graftwork.studies.study import Study
@@ -88,11 +89,9 @@ def measure(session: Session) -> Findings:
         cell = partial(_cell, session, plan, task, material)
         still = {arm: cell(arm, session.seeds[0], 0.0) for arm in (BM25, BASE)}
         found[task] = {arm: [replace(one, seed=s) for s in session.seeds] for arm, one in still.items()}
-        rates[task] = {}
-        for arm in ARMS:
-            tried = {rate: cell(arm, session.seeds[0], rate) for rate in RATES}
-            rates[task][arm] = min(tried, key=lambda rate: tried[rate].figures["choice loss"])
-            found[task][arm] = [cell(arm, seed, rates[task][arm]) for seed in session.seeds]
+        rates[task] = best_rates(try_rates(cell, dict.fromkeys(ARMS, RATES), session.seeds[0]))
+        for arm, rate in rates[task].items():
+            found[task][arm] = [cell(arm, seed, rate) for seed in session.seeds]
     return Findings(
         verdict=verdict(found),
         method=_method(plan, session.seeds[0]),

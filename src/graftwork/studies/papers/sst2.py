@@ -9,10 +9,11 @@ from pathlib import Path
 from graftwork.errors import BadData
 from graftwork.studies.cells import Cell
 from graftwork.studies.findings import Column, Findings, Plot, Table, mean_curve, mean_table
+from graftwork.studies.rates import best_rates
 from graftwork.studies.session import Session
 from graftwork.studies.spread import over_seeds
 from graftwork.studies.study import Study
-from graftwork.studies.tuned import Bed, Values, best_rate, cell, rates_table, search
+from graftwork.studies.tuned import Bed, Values, cell, rates_table, search
 
 LORA, FULL = "LoRA", "full fine-tuning"
 TECHNIQUES = {
@@ -32,7 +33,7 @@ def run(session: Session) -> Findings:
     rows, epochs = session.pick(small=(3000, 2), full=(15_000, 3))
     bed = Bed("SST-2", partial(_recipe, folder, rows, epochs), lambda arm: RATES[arm])
     searched = search(session, bed, TECHNIQUES)
-    best = {arm: best_rate(found) for arm, found in searched.items()}
+    best = best_rates(searched)
     cells = {arm: [cell(session, bed, arm, seed, best[arm]) for seed in session.seeds] for arm in TECHNIQUES}
     return Findings(
         verdict=verdict(cells),

@@ -11,10 +11,11 @@ from graftwork.studies.cells import Cell
 from graftwork.studies.data_to_text import Generation, generation, overlap
 from graftwork.studies.findings import Column, Findings, Plot, Table, mean_curve, mean_table
 from graftwork.studies.orders import Pairs, pairs, summary, table
+from graftwork.studies.rates import best_rates
 from graftwork.studies.session import Session
 from graftwork.studies.stories import NAME as STORIES
 from graftwork.studies.study import Study
-from graftwork.studies.tuned import Bed, Values, best_rate, cell, rates_table, search
+from graftwork.studies.tuned import Bed, Values, cell, rates_table, search
 
 BODY = ["embedding", "embedding.*", "norm", "norm.final", "attention.*", "feedforward.*", "pooler"]
 HEAD_RATE = 1e-2  # of the fresh head, whatever the rate of the rest: MiniLM's pooled features are small
@@ -98,10 +99,7 @@ def run(session: Session) -> Findings:
     first, second, other = beds
     searched = {bed.name: search(session, bed, ARMS) for bed in (first, other)}
     rated_by = {first.name: first.name, second.name: first.name, other.name: other.name}
-    best = {
-        task: {arm: best_rate(found) for arm, found in searched[rater].items()}
-        for task, rater in rated_by.items()
-    }
+    best = {task: best_rates(searched[rater]) for task, rater in rated_by.items()}
     by_seed = {
         seed: {
             bed.name: {arm: cell(session, bed, arm, seed, best[bed.name][arm]) for arm in ARMS}
