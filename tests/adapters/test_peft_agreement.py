@@ -9,16 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft_hosts import (
-    gap,
-    generated,
-    host,
-    loaded_by_peft,
-    logits,
-    made_by_peft,
-    no_warnings,
-    randomised,
-)
+from peft_hosts import gap, host, loaded_by_peft, logits, made_by_peft, no_warnings, randomised
+from peft_trips import CLOSE, read_by_peft_and_here, read_here_and_written_again
 
 from graftwork.adapters.convert import convert
 from graftwork.adapters.store import load, save
@@ -39,9 +31,6 @@ from graftwork.techniques.prompt_tuning import PromptTuning
 from graftwork.techniques.vera import VeRA
 
 pytestmark = pytest.mark.slow
-
-CLOSE = 1e-5
-DECODES = ("llama", "qwen3", "smollm3", "gpt-neox", "gpt2", "opt", "t5", "t5-four", "t5-short", "bart")
 
 
 def lora(**options: Any) -> peft.LoraConfig:
@@ -241,20 +230,7 @@ MADE_BY_PEFT = {
 
 @pytest.mark.parametrize("case", MADE_BY_PEFT)
 def test_made_by_peft_read_here_and_written_again(case: str, tmp_path: Path) -> None:
-    name, config = MADE_BY_PEFT[case]
-    made_by_peft(name, config, tmp_path / "theirs")
-    theirs = loaded_by_peft(name, tmp_path / "theirs")
-    wanted = logits(theirs, name)
-    assert gap(logits(host(name), name), wanted) > 0.01, "the adapter must matter for this to test anything"
-
-    model = host(name)
-    load(model, tmp_path / "theirs", name="fr")
-    assert gap(wanted, logits(model, name)) < CLOSE
-    if name in DECODES:
-        assert gap(generated(theirs, name), generated(model, name)) < CLOSE
-
-    written = save(model, tmp_path / "ours", name="fr", format="hf-peft")
-    assert gap(wanted, logits(loaded_by_peft(name, written), name)) < CLOSE
+    read_here_and_written_again(*MADE_BY_PEFT[case], tmp_path)
 
 
 BIASES: dict[str, peft.PeftConfig] = {
@@ -339,19 +315,7 @@ MADE_HERE: dict[str, tuple[str, tuple[Technique, ...]]] = {
 
 @pytest.mark.parametrize("case", MADE_HERE)
 def test_made_here_read_by_peft(case: str, tmp_path: Path) -> None:
-    name, techniques = MADE_HERE[case]
-    model = host(name)
-    attach(model, techniques, name="fr")
-    randomised(model)
-    wanted = logits(model, name)
-    assert gap(logits(host(name), name), wanted) > 0.01
-    theirs = loaded_by_peft(name, save(model, tmp_path, format="hf-peft"))
-    assert gap(wanted, logits(theirs, name)) < CLOSE
-    if name in DECODES:
-        assert gap(generated(theirs, name), generated(model, name)) < CLOSE
-    again = host(name)
-    load(again, tmp_path / "fr")
-    assert gap(wanted, logits(again, name)) < CLOSE
+    read_by_peft_and_here(*MADE_HERE[case], tmp_path)
 
 
 def test_only_fields_that_matter_are_written_and_metadata_is_theirs(tmp_path: Path) -> None:

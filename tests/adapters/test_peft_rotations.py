@@ -8,20 +8,24 @@ from pathlib import Path
 
 import peft
 import pytest
-import torch
-from peft_hosts import gap, host, loaded_by_peft, logits, made_by_peft, randomised
+from peft_hosts import host, made_by_peft
+from peft_trips import (
+    options_on_the_page,
+    read_by_peft_and_here,
+    read_here_and_written_again,
+    refused_to_write,
+)
 
 from graftwork.adapters.hf_peft import boft, hra, oft
-from graftwork.adapters.store import load, save
-from graftwork.engine.attach import attach
+from graftwork.adapters.store import load
 from graftwork.errors import BadFile
 from graftwork.reference.technique import Technique
 from graftwork.techniques.boft import BOFT
 from graftwork.techniques.fine_tuning import FineTuning
 from graftwork.techniques.hra import HRA
 from graftwork.techniques.oft import OFT
+from pages import ROOT
 
-CLOSE = 1e-5
 LIST = ["q_proj", "down_proj"]
 
 MADE_BY_PEFT: dict[str, tuple[str, peft.PeftConfig]] = {
@@ -69,25 +73,7 @@ def _no_extension() -> object:
 
 @pytest.mark.parametrize("case", MADE_BY_PEFT)
 def test_made_by_peft_read_here_and_written_again(case: str, tmp_path: Path) -> None:
-    name, config = MADE_BY_PEFT[case]
-    theirs = made_by_peft(name, config, tmp_path / "theirs")
-    wanted = logits(theirs, name)
-    assert gap(logits(host(name), name), wanted) > 0.01, "the adapter must matter for this to test anything"
-    model = host(name)
-    load(model, tmp_path / "theirs", name="fr")
-    assert gap(wanted, logits(model, name)) < CLOSE
-    written = save(model, tmp_path / "ours", name="fr", format="hf-peft")
-    assert gap(wanted, logits(loaded(name, written), name)) < CLOSE
-
-
-def loaded(name: str, folder: Path) -> torch.nn.Module:
-    """By peft; it warns of missing keys in every BOFT, so without its warnings there."""
-    kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
-    if kind != "BOFT":
-        return loaded_by_peft(name, folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(host(name), folder).eval()
+    read_here_and_written_again(*MADE_BY_PEFT[case], tmp_path)
 
 
 MADE_HERE: dict[str, tuple[str, tuple[Technique, ...]]] = {
@@ -104,13 +90,7 @@ MADE_HERE: dict[str, tuple[str, tuple[Technique, ...]]] = {
 
 @pytest.mark.parametrize("case", MADE_HERE)
 def test_made_here_read_by_peft(case: str, tmp_path: Path) -> None:
-    name, techniques = MADE_HERE[case]
-    model = host(name)
-    attach(model, techniques, name="fr")
-    randomised(model)
-    wanted = logits(model, name)
-    written = save(model, tmp_path, name="fr", format="hf-peft")
-    assert gap(wanted, logits(loaded(name, written), name)) < CLOSE
+    read_by_peft_and_here(*MADE_HERE[case], tmp_path)
 
 
 REFUSED_TO_WRITE: dict[str, tuple[str, tuple[Technique, ...], str]] = {
@@ -133,11 +113,7 @@ REFUSED_TO_WRITE: dict[str, tuple[str, tuple[Technique, ...], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED_TO_WRITE)
 def test_what_peft_cannot_hold_is_refused(case: str, tmp_path: Path) -> None:
-    name, techniques, text = REFUSED_TO_WRITE[case]
-    model = host(name)
-    attach(model, techniques, name="fr")
-    with pytest.raises(BadFile, match=text):
-        save(model, tmp_path, name="fr", format="hf-peft")
+    refused_to_write(*REFUSED_TO_WRITE[case], tmp_path)
 
 
 REFUSED_TO_READ: dict[str, tuple[str, peft.PeftConfig, str]] = {
@@ -178,8 +154,6 @@ def test_a_series_of_another_time_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_page_names_the_options() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "hf-peft.md").read_text()
-    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
-    for kind, module in {"OFT": oft, "BOFT": boft}.items():
-        assert all(f"`{name}`" in rows[kind] for name in module.UNDERSTOOD if name != "modules_to_save")
+    options_on_the_page({"OFT": oft, "BOFT": boft})
+    page = (ROOT / "docs" / "hf-peft.md").read_text()
     assert all(f"`{name}`" in page for name in (*oft.REFUSED, *hra.REFUSED))

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from peft_hosts import gap, host, loaded_by_peft, logits, made_by_peft, randomised
+from peft_trips import (
+    CLOSE,
+    options_on_the_page,
+    read_by_peft_and_here,
+    read_here_and_written_again,
+    refused_to_write,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from graftwork.adapters.hf_peft import adalora, fourierft, randlora, shira
-from graftwork.adapters.store import load, save
-from graftwork.engine.attach import attach
+from graftwork.adapters.store import load
 from graftwork.engine.verbs import adapters
 from graftwork.errors import BadFile
 from graftwork.reference.technique import Technique
@@ -25,7 +30,6 @@ from graftwork.techniques.fourierft import FourierFT
 from graftwork.techniques.randlora import RandLoRA
 from graftwork.techniques.shira import SHiRA
 
-CLOSE = 1e-5
 LIST = ["q_proj", "up_proj", "down_proj"]  # square, widening, narrowing
 SQUARE = ["q_proj"]
 
@@ -81,26 +85,7 @@ MADE_BY_PEFT: dict[str, tuple[str, peft.PeftConfig]] = {
 
 @pytest.mark.parametrize("case", MADE_BY_PEFT)
 def test_made_by_peft_read_here_and_written_again(case: str, tmp_path: Path) -> None:
-    name, config = MADE_BY_PEFT[case]
-    made_by_peft(name, config, tmp_path / "theirs")
-    wanted = logits(
-        loaded(name, tmp_path / "theirs"), name
-    )  # peft trains AdaLoRA's ranknum, but does not save it
-    assert gap(logits(host(name), name), wanted) > 0.01, "the adapter must matter for this to test anything"
-    model = host(name)
-    load(model, tmp_path / "theirs", name="fr")
-    assert gap(wanted, logits(model, name)) < CLOSE
-    written = save(model, tmp_path / "ours", name="fr", format="hf-peft")
-    assert gap(wanted, logits(loaded(name, written), name)) < CLOSE
-
-
-def loaded(name: str, folder: Path) -> nn.Module:
-    """By peft; it warns of every seed of a RandLoRA and of its own AdaLoRA, so without its warnings there."""
-    if json.loads((folder / "adapter_config.json").read_text())["peft_type"] not in ("RANDLORA", "ADALORA"):
-        return loaded_by_peft(name, folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(host(name), folder).eval()
+    read_here_and_written_again(*MADE_BY_PEFT[case], tmp_path)
 
 
 MADE_HERE: dict[str, tuple[str, tuple[Technique, ...]]] = {
@@ -122,13 +107,7 @@ MADE_HERE: dict[str, tuple[str, tuple[Technique, ...]]] = {
 
 @pytest.mark.parametrize("case", MADE_HERE)
 def test_made_here_read_by_peft(case: str, tmp_path: Path) -> None:
-    name, techniques = MADE_HERE[case]
-    model = host(name)
-    attach(model, techniques, name="fr")
-    wanted = logits(randomised(model), name)
-    assert gap(logits(host(name), name), wanted) > 0.01
-    written = save(model, tmp_path, name="fr", format="hf-peft")
-    assert gap(wanted, logits(loaded(name, written), name)) < CLOSE
+    read_by_peft_and_here(*MADE_HERE[case], tmp_path)
 
 
 def test_adalora_that_has_cut_ranks_is_read(tmp_path: Path) -> None:
@@ -143,7 +122,7 @@ def test_adalora_that_has_cut_ranks_is_read(tmp_path: Path) -> None:
         model.base_model.update_and_allocate(step)
         optimizer.zero_grad()
     model.save_pretrained(tmp_path)
-    wanted = logits(loaded("llama", tmp_path), "llama")
+    wanted = logits(loaded_by_peft("llama", tmp_path), "llama")
     ranks = {
         len(t) for name, t in load_file(tmp_path / "adapter_model.safetensors").items() if "lora_E" in name
     }
@@ -183,11 +162,7 @@ REFUSED_TO_WRITE: dict[str, tuple[str, tuple[Technique, ...], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED_TO_WRITE)
 def test_what_peft_cannot_hold_is_refused(case: str, tmp_path: Path) -> None:
-    name, techniques, text = REFUSED_TO_WRITE[case]
-    model = host(name)
-    attach(model, techniques, name="fr")
-    with pytest.raises(BadFile, match=text):
-        save(model, tmp_path, name="fr", format="hf-peft")
+    refused_to_write(*REFUSED_TO_WRITE[case], tmp_path)
 
 
 def _refused(folder: Path, text: str) -> None:
@@ -230,14 +205,4 @@ def test_another_number_of_frequencies_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_page_names_the_options() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "hf-peft.md").read_text()
-    rows = {
-        line.split("|")[1].split("(")[0].strip(): line for line in page.splitlines() if line.startswith("|")
-    }
-    for kind, module in {
-        "FOURIERFT": fourierft,
-        "SHIRA": shira,
-        "RANDLORA": randlora,
-        "ADALORA": adalora,
-    }.items():
-        assert all(f"`{name}`" in rows[kind] for name in module.UNDERSTOOD if name != "modules_to_save")
+    options_on_the_page({"FOURIERFT": fourierft, "SHIRA": shira, "RANDLORA": randlora, "ADALORA": adalora})
