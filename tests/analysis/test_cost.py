@@ -9,6 +9,7 @@ from torch import nn
 import graftwork as gw
 from graftwork.analysis.cost import Step, cost, example_inputs
 from graftwork.errors import BadOption, StateError
+from graftwork.models.captioner import captioner
 from graftwork.testing import tiny, tiny_batch
 
 TECHNIQUES = {
@@ -112,3 +113,18 @@ def test_flops_of_a_low_rank_linear_by_hand() -> None:
 def test_dropout_needs_no_values() -> None:
     with_dropout, without = (cost(tiny("llama"), gw.LoRA(rank=2, dropout=p), sequence=8) for p in (0.1, 0.0))
     assert with_dropout.step_flops == without.step_flops
+
+
+def test_a_model_that_counts_its_image_tokens() -> None:
+    """transformers compares the number of image tokens with the images' rows: a value, where only shapes are."""
+    model = captioner(tiny("vit"), tiny("llama"))
+    ids = torch.zeros(2, model.config.image_seq_length + 4, dtype=torch.long)
+    ids[:, : model.config.image_seq_length] = model.config.image_token_id
+    inputs = {"input_ids": ids, "pixel_values": torch.zeros(2, 3, 16, 16), "labels": ids}
+    technique = gw.LoRA(rank=2, workspaces=("text.attention.query",))
+    found = cost(model, technique, inputs=inputs)
+    adapter = gw.attach(model, technique)
+    assert found.trainable_parameters == adapter.count()
+    gw.detach(model)
+    assert found.base_parameters == sum(p.numel() for p in model.parameters())
+    assert found.step_flops > found.forward_flops > 0

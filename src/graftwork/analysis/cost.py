@@ -96,8 +96,10 @@ def cost(
     if seat_of(model) is not None:
         raise StateError("cost() predicts for a bare model; detach its adapters or give a fresh one")
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # Models that read images count their tokens: with a shape environment a count is a symbol, without one an error.
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
         return _predict(_shapes_only(model), technique, batch, sequence, inputs, optimiser, checkpointing)
 
 
