@@ -1,38 +1,15 @@
-"""A tiny host with a tokenizer on disk, and rows for it: runs go through the same doors as a user's."""
+"""Rows and recipes for a tiny host on disk."""
 
 import json
 import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
-from graftwork.testing import VOCABULARY, tiny
+from small_bases import WORDS
+from small_bases import save_host as save_host
 
 torch.set_num_threads(1)
-SPECIAL = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", "[MASK]"]
-WORDS = [f"w{number}" for number in range(VOCABULARY - len(SPECIAL))]
-
-
-def save_host(family: str, folder: Path) -> Path:
-    """The tiny model of a family with a word-level tokenizer."""
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        mask_token="[MASK]",
-        bos_token="[BOS]",
-        eos_token="[EOS]",
-        model_max_length=64,
-    ).save_pretrained(folder)
-    tiny(family).save_pretrained(folder)
-    return folder
 
 
 def save_rows(file: Path, count: int, seed: int) -> Path:

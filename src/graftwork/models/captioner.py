@@ -64,6 +64,11 @@ class Captioner(LlavaForConditionalGeneration):
         self.model.multi_modal_projector = _connector(config)
         self.loss_type = "ForCausalLM"  # transformers would look for it in the class's name
 
+    @property
+    def connector(self) -> Connector:
+        """What is new in a captioner: neither of its two bases has it."""
+        return self.model.multi_modal_projector
+
 
 AutoConfig.register(CaptionerConfig.model_type, CaptionerConfig)
 AutoModelForImageTextToText.register(CaptionerConfig, Captioner)
@@ -73,7 +78,8 @@ def captioner(vision: Any, language: Any, *, dropout: float = 0.0) -> Captioner:
     """Put a pretrained vision transformer and a pretrained decoder together, with a fresh connector between.
 
     The two models' own modules are used, not copied. The decoder's vocabulary grows by one token, which stands where
-    image rows go: `config.image_token_id`.
+    image rows go: `config.image_token_id`. Its row is the mean of the others, so that two models are always put
+    together to the same one, but for the connector.
 
     Args:
         vision: a vision transformer with a class token, with or without a head.
@@ -84,6 +90,7 @@ def captioner(vision: Any, language: Any, *, dropout: float = 0.0) -> Captioner:
     _check(tower, language)
     image_token = language.get_input_embeddings().num_embeddings
     language.resize_token_embeddings(image_token + 1, mean_resizing=False)
+    _start_image_token(language)
     kind: Any = CaptionerConfig  # its fields are named as in files, not as in its signature
     config = kind(
         vision_config=tower.config,
@@ -102,6 +109,15 @@ def captioner(vision: Any, language: Any, *, dropout: float = 0.0) -> Captioner:
     made.model.multi_modal_projector = _connector(config).to(language.device, language.dtype)
     made.generation_config = language.generation_config
     return made.train(language.training)
+
+
+@torch.no_grad()
+def _start_image_token(language: Any) -> None:
+    """The last row of the table, and of the projection to the vocabulary: the mean of all before it."""
+    for part in (language.get_input_embeddings(), language.get_output_embeddings()):
+        part.weight[-1] = part.weight[:-1].mean(0)
+        if getattr(part, "bias", None) is not None:
+            part.bias[-1] = part.bias[:-1].mean()
 
 
 def _connector(config: Any) -> Connector:
