@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import adapter_bytes, tune_until
 from tiny_runs import recipe_values
 
 import graftwork as gw
@@ -50,22 +51,11 @@ def test_an_interrupted_run_goes_on_as_the_whole_one(
     attach = runs.attach
     monkeypatch.setattr(runs, "attach", lambda *a, **k: (seen.append(attach(*a, **k)), seen[-1])[1])
     tune(Recipe.of(values(stage, tmp_path / "whole", technique)))
-    first, write = tmp_path / "stopped", runs.checkpoints.write
-
-    def stopping(folder: Path, step: int, *rest: Any) -> Path:
-        out = write(folder, step, *rest)
-        if step == 2:
-            raise KeyboardInterrupt
-        return out
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs.checkpoints, "write", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            tune(Recipe.of(values(stage, first, technique)))
+    first = tmp_path / "stopped"
+    tune_until(2, values(stage, first, technique), monkeypatch)
     tune(Recipe.of(values(stage, first, technique)))
-    files = [folder / "adapter" / "default.safetensors" for folder in (tmp_path / "whole", first)]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    stored = read_card(files[0]).techniques[0]
+    assert adapter_bytes(first) == adapter_bytes(tmp_path / "whole")
+    stored = read_card(first / "adapter" / "default.safetensors").techniques[0]
     assert not stored.needs_data, "a file brings what was found in the data"
     assert seen[0].techniques[0].needs_data
 

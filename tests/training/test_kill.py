@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from interrupted import numbers
 from tiny_runs import recipe_values
 
 from graftwork.training import checkpoints
-from graftwork.training.journal import Journal
 from graftwork.training.recipe import Recipe
 
 SPAWNER = multiprocessing.get_context("forkserver")
@@ -28,11 +28,6 @@ def started(values: dict[str, object]) -> multiprocessing.process.BaseProcess:
     process = SPAWNER.Process(target=work, args=(values,), daemon=True)
     process.start()
     return process
-
-
-def numbers(output: Path) -> list[dict[str, float]]:
-    records = Journal(output / "metrics.jsonl").records()
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
 
 
 @pytest.mark.slow

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from interrupted import adapter_bytes, numbers, tune_until
 from tiny_runs import recipe_values
 
 from graftwork.errors import BadRecipe, NothingMatches
 from graftwork.optimizers.galore import GaLore
 from graftwork.optimizers.natural_galore import NaturalGaLore
 from graftwork.training import checkpoints
-from graftwork.training.journal import Journal
 from graftwork.training.recipe import Recipe
 from graftwork.training.run import tune
 
@@ -25,11 +25,6 @@ def values(stage: Path, output: Path, optimizer: object = NATURAL, **training: o
     return {**recipe_values(stage, output, optimizer=optimizer, **training), "technique": whole}
 
 
-def numbers(output: Path) -> list[dict[str, float]]:
-    records = Journal(output / "metrics.jsonl").records()
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [NATURAL, {"name": "galore", "rank": 4, "svd": "randomized"}])
 def test_an_interrupted_run_goes_on_exactly(
@@ -37,25 +32,13 @@ def test_an_interrupted_run_goes_on_exactly(
 ) -> None:
     tune(Recipe.of(values(stage, tmp_path / "whole", optimizer, steps=6)))
     stopped = values(stage, tmp_path / "stopped", optimizer, steps=6)
-    write = checkpoints.write
-
-    def stopping(run: Path, step: int, *rest: Any) -> Path:
-        folder = write(run, step, *rest)
-        if step == 4:
-            raise KeyboardInterrupt
-        return folder
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "write", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            tune(Recipe.of(stopped))
+    tune_until(4, stopped, monkeypatch)
     kept = checkpoints.read(tmp_path / "stopped" / "checkpoint-4").tensors
     assert any(name.endswith("|projector") for name in kept)
     assert any(name.endswith("|history") for name in kept) == (optimizer["name"] == "natural-galore")
     assert tune(Recipe.of(stopped)).steps == 6
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
-    files = [tmp_path / run / "adapter" / "default.safetensors" for run in ("whole", "stopped")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "whole")
 
 
 def test_an_adapter_too_thin_to_project_is_refused(stage: Path, tmp_path: Path) -> None:
