@@ -32,7 +32,7 @@ def test_parts_share_no_row(name):
     if name.startswith("digits"):
         total = sum(map(len, parts))
         assert (
-            len({(image.tobytes(), label) for p in parts for image, label in zip(p["image"], p["label"])})
+            len({(image.tobytes(), said) for p in parts for image, said in zip(p["image"], p[p.names[1]])})
             == total
         )
         return
@@ -87,6 +87,16 @@ def test_digits_halves_have_their_classes():
     assert (set(low["label"]), set(high["label"])) == (set(range(5)), set(range(5, 10)))
     assert low["image"][0].shape == (8, 8)
     assert max(image.max() for image in low["image"]) == 255
+
+
+def test_captions_name_the_digit_in_one_of_three_sentences():
+    captions, plain = embedded.SETS["digits:captions"]("train"), embedded.SETS["digits"]("train")
+    assert all((a == b).all() for a, b in zip(captions["image"], plain["image"], strict=True))
+    counts = dict.fromkeys(embedded.SENTENCES, 0)
+    for said, label in zip(captions["caption"], plain["label"], strict=True):
+        (sentence,) = [s for s in embedded.SENTENCES if s.format(embedded.DIGITS[label]) == said]
+        counts[sentence] += 1
+    assert min(counts.values()) > 0.25 * len(captions)
 
 
 def test_docstrings_are_read_by_name_summary_and_body(tmp_path):

@@ -14,6 +14,8 @@ group that a row belongs to, so that the parts stay the same when rows come or g
 - `docstrings:retrieval`: query (the summary line) -> document (the body).
 - `docstrings:summaries`: source (the body) -> target (the summary line), for sequence-to-sequence.
 - `digits`, `digits:low`, `digits:high`: 8 x 8 grey images of handwritten digits 0-9, 0-4, 5-9.
+- `digits:captions`: image -> caption, one of three sentences, drawn by the image's number, that name the digit. Which
+  sentence it is cannot be seen, so the digit is all that a caption can get right.
 """
 
 from __future__ import annotations
@@ -28,13 +30,20 @@ from graftwork.data.rows import Rows
 from graftwork.errors import BadData
 
 _SHARES = (("train", 0.70), ("validation", 0.85), ("test", 1.0))  # upper ends
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SENTENCES = ("This is the number {}.", "Returns {} for the image.", "The digit {} is given.")
 _LEAST_BODY = 40  # characters below which a body says too little to be found or summarised
 
 
 def part_of(group: str, seed: int) -> str:
     """`train`, `validation` or `test`, by a hash of the group."""
-    draw = int.from_bytes(hashlib.sha256(f"{seed}/{group}".encode()).digest()[:8], "big") / 2**64
+    draw = _draw(f"{seed}/{group}")
     return next(name for name, end in _SHARES if draw < end)
+
+
+def _draw(text: str) -> float:
+    """A number in [0, 1) by the hash of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def docstrings(split: str, *, seed: int = 0) -> Rows:
@@ -82,11 +91,18 @@ def summaries(split: str, *, seed: int = 0) -> Rows:
 def digits(split: str, *, seed: int = 0, classes: Sequence[int] = range(10)) -> Rows:
     """image ((8, 8) uint8, 0 to 255) and label (0 to 9) of scikit-learn's digits."""
     images, labels = _digits()
-    chosen = [
-        n for n, label in enumerate(labels) if label in classes and part_of(f"digit {n}", seed) == split
-    ]
+    chosen = _chosen_digits(split, seed, classes)
     columns = {"image": [images[n] for n in chosen], "label": [labels[n] for n in chosen]}
     return _rows(columns, "digits", split)
+
+
+def captions(split: str, *, seed: int = 0) -> Rows:
+    """image, as `digits`, and caption, a sentence that names it."""
+    images, labels = _digits()
+    chosen = _chosen_digits(split, seed, range(10))
+    said = [SENTENCES[int(_draw(f"sentence {n}") * len(SENTENCES))].format(DIGITS[labels[n]]) for n in chosen]
+    columns = {"image": [images[n] for n in chosen], "caption": said}
+    return _rows(columns, "digits:captions", split)
 
 
 SETS: dict[str, Callable[[str], Rows]] = {
@@ -99,6 +115,7 @@ SETS: dict[str, Callable[[str], Rows]] = {
     "digits": digits,
     "digits:low": lambda split: digits(split, classes=range(5)),
     "digits:high": lambda split: digits(split, classes=range(5, 10)),
+    "digits:captions": captions,
 }
 
 
@@ -107,6 +124,11 @@ def load(name: str, split: str | None) -> Rows:
     if split is None:
         raise BadData(f"{name} has the parts train, validation and test: say which split")
     return SETS[name](split)
+
+
+def _chosen_digits(split: str, seed: int, classes: Sequence[int]) -> list[int]:
+    labels = _digits()[1]
+    return [n for n, label in enumerate(labels) if label in classes and part_of(f"digit {n}", seed) == split]
 
 
 def _chosen(split: str, seed: int, group: Callable[[Docstring], str]) -> list[Docstring]:

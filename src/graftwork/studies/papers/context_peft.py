@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from graftwork.data.embedded import digits
+from graftwork.data.embedded import DIGITS, SENTENCES, digits
 from graftwork.data.rows import Rows
 from graftwork.engine.attach import attach
 from graftwork.engine.verbs import adapters, route, trainable
@@ -34,8 +34,6 @@ from graftwork.techniques.fine_tuning import FineTuning
 from graftwork.techniques.ia3 import IA3
 from graftwork.techniques.lora import LoRA
 
-NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SENTENCES = ("This is the number {}.", "Returns {} for the image.", "The digit {} is given.")
 RATES = (1e-3, 3e-3, 1e-2)
 FULL_RATES = (3e-4, 1e-3, 3e-3)
 BATCH = 16
@@ -116,9 +114,9 @@ def pictures(part: str, count: int, seed: int) -> Rows:
     """Digits with a sentence each that names them."""
     rows, rng = digits(part), random.Random(seed)
     chosen = rows.select(sorted(rng.sample(range(len(rows)), min(count, len(rows)))))
-    said = [rng.choice(SENTENCES).format(NAMES[int(label)]) for label in chosen["label"]]
+    said = [rng.choice(SENTENCES).format(DIGITS[int(label)]) for label in chosen["label"]]
     return Rows(
-        {"image": chosen["image"], "caption": said, "name": [NAMES[int(n)] for n in chosen["label"]]}, part
+        {"image": chosen["image"], "caption": said, "name": [DIGITS[int(n)] for n in chosen["label"]]}, part
     )
 
 
