@@ -9,26 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from answers import close, logits
 from torch import Tensor
 
 import graftwork as gw
 from graftwork.errors import BadFile, BadOption, CardConflict, NothingMatches, NotMergeable, StateError
 from graftwork.laws import stir
 from graftwork.testing import tiny, tiny_batch
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
-@torch.no_grad()
-def logits(model: Any, **batch: Any) -> Tensor:
-    return model(**batch).logits
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def two_tasks(host: str = "bert") -> Any:

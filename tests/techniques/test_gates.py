@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from answers import close, logits
 from torch import Tensor
 
 import graftwork as gw
@@ -15,20 +16,6 @@ from graftwork.laws import stir
 from graftwork.testing import tiny, tiny_batch
 
 GATED = "gated addition"
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
-@torch.no_grad()
-def logits(model: Any, **batch: Any) -> Tensor:
-    return model(**batch).logits
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def share(gate: Any, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from answers import close, logits
 from torch import Tensor
 
 import graftwork as gw
@@ -16,23 +17,9 @@ from graftwork.reference.site import Kind, Site
 from graftwork.testing import tiny, tiny_batch
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 def built(width: int, **options: Any) -> Any:
     site = Site(key="0/layer", workspace="layer", kind=Kind.BLOCK, module="layer", channels_out=width)
     return gw.LoReFT(**options).build(site).double().eval()
-
-
-@torch.no_grad()
-def logits(model: Any, **batch: Any) -> Tensor:
-    return model(**batch).logits
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def by_hand(host: str, adapter: Any, layers: Any, chosen: Tensor) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor
+from answers import close, logits
 
 import graftwork as gw
 from graftwork.errors import BadFile, BadOption, NothingMatches
@@ -18,22 +18,8 @@ from graftwork.testing import tiny, tiny_batch
 MPT = gw.MultitaskPromptTuning
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
-@torch.no_grad()
-def logits(model: Any, **batch: Any) -> Tensor:
-    return model(**batch).logits
-
-
 def module_of(adapter: gw.Adapter) -> Any:
     return next(iter(adapter.modules.values()))
-
-
-def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_is_a_prompt_times_a_low_rank_matrix() -> None:
