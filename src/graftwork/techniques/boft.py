@@ -89,7 +89,7 @@ class Butterfly(WeightModule):
 
     def answer(self, x: Tensor, below: Below) -> Tensor:
         factors = cayley(self.skew, self.block, self.terms)
-        return rescaled(below(butterfly(x, factors)), self.gain, below.bias)
+        return rescaled(below(butterfly(x, factors)), self.gain, below.bias, in_place=below.bare)
 
 
 def butterfly(x: Tensor, factors: Tensor) -> Tensor:

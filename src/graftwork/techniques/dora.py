@@ -97,7 +97,7 @@ class Decomposed(WeightModule):
         if self.taken_down is not None and self.taken_up is not None:  # never dropped
             inner = functional.linear(x, self.taken_down.to(x.dtype))
             y = y - functional.linear(inner, self.taken_up.to(x.dtype))
-        return rescaled(y, self.magnitude / self._lengths(below), below.bias)
+        return rescaled(y, self.magnitude / self._lengths(below), below.bias, in_place=below.bare)
 
     @torch.no_grad()
     def _lengths(self, below: Below) -> Tensor:
