@@ -23,6 +23,8 @@ from graftwork.reference.site import Access
 
 def forward(module: nn.Module, seat: Seat, base: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The swapped class's forward."""
+    if seat.root and seat.state.assigned:
+        seat.state.assigned = ()
     if seat.root and seat.state.chosen is not None:
         return _by_router(module, seat, base, args, kwargs)
     if seat.root:

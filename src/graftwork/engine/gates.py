@@ -28,6 +28,10 @@ class Gated(HiddenModule):
         self.inner = inner
         self.gate = Gate(width)
         self.scale = scale
+        self.takes = getattr(inner, "takes", 0)
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.inner.scores(x)  # type: ignore[operator]
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Any]:
         gate = self.gate(x, real)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftwork.engine import channels
+from graftwork.engine import assigned, channels
 from graftwork.engine.blend import Blend
 from graftwork.engine.seat import Graft, Seat
 from graftwork.errors import RouteError, StateError
@@ -154,7 +154,7 @@ def _routed(seat: Seat, name: str, graft: Graft, x: Tensor, y: Tensor) -> Tensor
     if graft.module.span is not None:
         return _spanned(seat, name, graft, x, y)
     if route is None:
-        return _joined(seat, graft, x, y)
+        return _whole(seat, graft, x, y)
     if y.shape[0] == 1 < route.batch:
         wide = route.batch, *(-1,) * (y.dim() - 1)
         x, y = (y.expand(wide),) * 2 if x is y else (x.expand(wide), y.expand(wide))
@@ -163,7 +163,7 @@ def _routed(seat: Seat, name: str, graft: Graft, x: Tensor, y: Tensor) -> Tensor
             f"{graft.site.key}: {graft.technique} mixes positions and cannot be routed per token"
         )
     if isinstance(route, Blend):
-        return _joined(seat, graft, x, y)
+        return _whole(seat, graft, x, y)
     tokens = y.shape[1] if y.dim() == 3 else None
     if torch.compiler.is_compiling():
         mask = route.fit(y.shape[0], tokens) == route.names.index(name)
@@ -198,8 +198,15 @@ def _on_rows(seat: Seat, graft: Graft, rows: Tensor, x: Tensor, y: Tensor, by_to
     flat_y, flat_x = (y.flatten(0, 1), x.flatten(0, 1)) if by_token else (y, x)
     mine = flat_y.index_select(0, rows)
     read = mine if x is y else flat_x.index_select(0, rows)
+    assigned.note(seat.state, graft, read, y.shape[:-1], rows)
     changed = flat_y.index_copy(0, rows, _joined(seat, graft, read, mine, rows).to(y.dtype))
     return changed.view(y.shape) if by_token else changed
+
+
+def _whole(seat: Seat, graft: Graft, x: Tensor, y: Tensor) -> Tensor:
+    """The signal changed everywhere."""
+    assigned.note(seat.state, graft, x, y.shape[:-1])
+    return _joined(seat, graft, x, y)
 
 
 def _joined(seat: Seat, graft: Graft, x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -108,10 +108,16 @@ class HiddenModule(nn.Module):
         span: the positions it is for, where it acts on tokens one by one; None: all of every call.
         mixes: it looks at other positions of a row, and is called with a second argument that says which exist
             for that row: (B, S), or None for all. (Rows whose prompts differ in length are filled up.)
+        takes: how many of its experts a token takes, where it has a router over several (0: none).
     """
 
     span: Span | None = None
     mixes: bool = False
+    takes: int = 0
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(..., E) the logits of its router over E experts."""
+        raise NotImplementedError
 
 
 class PrefixModule(nn.Module):

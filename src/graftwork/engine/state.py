@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from graftwork.engine.adapter import Adapter
+    from graftwork.engine.assigned import Assigned
     from graftwork.engine.chosen import Chosen
     from graftwork.engine.hints import Hints
 
@@ -82,6 +83,8 @@ class State:
         verify: the last attach asked for the two checks that follow.
         unreached: the next forward checks that the host came by every running site.
         ungraded: the next backward checks that each trainable adapter tensor got a gradient.
+        assigning: an objective asks which experts tokens go to.
+        assigned: what the routers of modules decided in the model's last forward, where it is asked.
         lock: held while a seated module is called, so that threads take turns.
         home: the thread that attached; its choices hold for every thread without one of its own.
         threaded: another thread has made a choice of its own.
@@ -106,6 +109,8 @@ class State:
         self.verify = True
         self.unreached = False
         self.ungraded = False
+        self.assigning = False
+        self.assigned: tuple[Assigned, ...] = ()
         self.lock = threading.RLock()
         self.home = threading.get_ident()
         self.threaded = False
@@ -114,7 +119,7 @@ class State:
         self.ran_at = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        fleeting = ("lock", "home", "threaded", "turns")
+        fleeting = ("assigned", "lock", "home", "threaded", "turns")
         return {key: value for key, value in self.__dict__.items() if key not in fleeting}
 
     def __setstate__(self, values: dict[str, Any]) -> None:

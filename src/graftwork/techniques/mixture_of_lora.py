@@ -5,6 +5,8 @@ over the `top_k` largest of them (MixLoRA, Li et al. 2024, arXiv:2404.15159). A_
 zero at the start, so attaching changes no output and all experts begin with equal weight; with a `top_k` below the
 number of experts G is drawn like A_e, since equal logits would always choose the same ones.
 
+A router that learns can end with one expert for all tokens; the objective `load-balance` is against that.
+
 For a mixture of adapters that are trained already, blend them: `gw.route(model, names, weights=...)`.
 """
 
@@ -85,21 +87,18 @@ class MixtureOfLoRA(Technique, name="mixture-of-lora"):
 class Experts(HiddenModule):
     def __init__(self, width_in: int, width_out: int, chosen: MixtureOfLoRA) -> None:
         super().__init__()
-        self.experts, self.top_k, self.dropout = (
-            chosen.experts,
-            chosen.top_k or chosen.experts,
-            chosen.dropout,
-        )
+        self.experts, self.takes = chosen.experts, chosen.top_k or chosen.experts
+        self.dropout = chosen.dropout
         self.down = uniform(chosen.experts * chosen.rank, width_in)
         self.up = zeros(width_out, chosen.experts * chosen.rank)
-        few = self.top_k < self.experts
+        few = self.takes < self.experts
         self.router = uniform(chosen.experts, width_in) if few else zeros(chosen.experts, width_in)
 
-    def weights(self, x: Tensor) -> Tensor:
-        """g (..., E) for x (..., I)."""
-        return top_softmax(nn.functional.linear(x, self.router.to(x.dtype)), self.top_k)
+    def scores(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.router.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        each = self.weights(x).repeat_interleave(len(self.down) // self.experts, dim=-1)
+        weights = top_softmax(self.scores(x), self.takes)
+        each = weights.repeat_interleave(len(self.down) // self.experts, dim=-1)
         dropout = self.dropout if self.training else 0.0
         return low_rank_linear(x, None, None, self.down, self.up, 1.0, dropout=dropout, mask=each)
