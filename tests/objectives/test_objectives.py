@@ -233,7 +233,7 @@ def test_what_is_refused() -> None:
 
 
 def test_names_and_options() -> None:
-    assert list(objectives())[:3] == ["consistency", "diversity", "orthogonality"]
+    assert list(objectives())[:4] == ["consistency", "diversity", "load-balance", "orthogonality"]
     assert make_objective("spectral-concentration", {"weight": 1, "components": 3}) == SpectralConcentration(
         weight=1, components=3
     )

@@ -3,6 +3,7 @@
 from graftwork.objectives.base import Context, Objective
 from graftwork.objectives.consistency import Consistency
 from graftwork.objectives.diversity import Diversity
+from graftwork.objectives.load_balance import LoadBalance
 from graftwork.objectives.orthogonality import Orthogonality
 from graftwork.objectives.registry import make_objective, objectives
 from graftwork.objectives.singular_values import SingularValues
@@ -13,6 +14,7 @@ __all__ = [
     "Consistency",
     "Context",
     "Diversity",
+    "LoadBalance",
     "Objective",
     "Objectives",
     "Orthogonality",

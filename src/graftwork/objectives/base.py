@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from graftwork.engine.assigned import Assigned
 from graftwork.errors import BadOption
 from graftwork.objectives.rows import counted_rows
 from graftwork.reference.technique import AtLeast, check_options, kebab
@@ -35,6 +36,8 @@ class Context:
         shifted: position t predicts the label at t + 1.
         teach: gives the logits of the model without its adapters.
         modules: of the adapters that run.
+        routers: what each router over experts decided in the last forward; empty where no term reads them.
+        real: (B, T) which tokens of the stack that a site belongs to count, by its key; None: all.
         progress: share of the steps done, in [0, 1].
     """
 
@@ -44,6 +47,8 @@ class Context:
     teach: Callable[[], Tensor | None]
     modules: tuple[nn.Module, ...]
     progress: float
+    routers: tuple[Assigned, ...] = ()
+    real: Callable[[str], Tensor | None] = lambda key: None
 
     @cached_property
     def rows(self) -> Tensor:
@@ -73,6 +78,7 @@ class Objective:
 
     name: ClassVar[str] = "objective"
     reads_logits: ClassVar[bool] = True
+    reads_routers: ClassVar[bool] = False
 
     weight: Annotated[float, AtLeast(0)]
     schedule: Schedule = "constant"

@@ -5,6 +5,9 @@ N examples; B samples, T tokens; D classes or tokens of the vocabulary; M rows t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +49,20 @@ def counted_rows(logits: Tensor | None, labels: Tensor | None, shifted: bool) ->
             "(N, D) with (N,), or (B, T, D) with (B, T)"
         )
     return _wide(logits[labels != IGNORED])
+
+
+def real_tokens(batch: Mapping[str, Any], key: str) -> Tensor | None:
+    """(B, T) which tokens of a batch count at the site of that key, None where the batch does not tell.
+
+    Those that the mask does not hide; in a decoder behind an encoder by its own mask, or else by its labels.
+    """
+    if "cross_attention" in key:
+        return None
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    if key.startswith("decoder."):
+        mask = batch.get("decoder_attention_mask")
+        mask = labels != IGNORED if mask is None and labels is not None else mask
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def shifts_labels(model: nn.Module) -> bool:

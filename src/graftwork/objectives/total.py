@@ -7,6 +7,7 @@ loss, parts = objectives(model(**batch), batch, progress=step / steps)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from graftwork.errors import StateError
 from graftwork.objectives.adapted import modules_of
 from graftwork.objectives.base import Context, Objective
 from graftwork.objectives.registry import distinct
-from graftwork.objectives.rows import shifts_labels
+from graftwork.objectives.rows import real_tokens, shifts_labels
 from graftwork.objectives.teacher import base_logits
 
 
@@ -45,7 +46,8 @@ class Objectives:
     """
 
     def __init__(self, model: nn.Module, terms: Sequence[Objective], *, shifted: bool | None = None) -> None:
-        state_of(model)
+        state = state_of(model)
+        state.assigning = state.assigning or any(term.reads_routers for term in terms)
         self.names = distinct(term.name for term in terms)
         self.terms = tuple(terms)
         self._model = model
@@ -74,7 +76,8 @@ class Objectives:
         return Total(loss, parts)
 
     def _context(self, outputs: Mapping[str, Any], batch: Mapping[str, Any], progress: float) -> Context:
-        kind = self._model_device_type()
+        kind, state = self._model_device_type(), state_of(self._model)
+        routers, state.assigned = state.assigned, ()  # a teacher's forward comes after, and nothing is kept
         precision = torch.get_autocast_dtype(kind)
         mixed = torch.is_autocast_enabled(kind)
 
@@ -89,6 +92,8 @@ class Objectives:
             teach=teach,
             modules=modules_of(self._model),
             progress=progress,
+            routers=routers,
+            real=partial(real_tokens, batch),
         )
 
     def _model_device_type(self) -> str:
