@@ -14,8 +14,8 @@ from typing import Annotated, ClassVar
 
 from torch import Tensor, nn
 
+from graftwork.engine.kronecker import kronecker
 from graftwork.engine.modules import DeltaModule, uniform, zeros
-from graftwork.engine.recomputed import recomputed
 from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
@@ -87,17 +87,7 @@ class Kronecker(DeltaModule):
         return product.flatten(-2).flatten(-3, -2)
 
     def added(self, x: Tensor) -> Tensor:
-        return recomputed(kronecker, x, self.scale * self.left, *self.right)
-
-
-def kronecker(x: Tensor, left: Tensor, *right: Tensor) -> Tensor:
-    """kron(left, the product of right) x for x (..., I)."""
-    outer, *inner = (factor.to(x.dtype) for factor in right)
-    h = x.unflatten(-1, (left.shape[-1], -1))  # (..., i1, i2)
-    for factor in inner:
-        h = h @ factor.mT
-    h = (h.mT @ left.to(x.dtype).mT).mT  # (..., o1, i2 or rank)
-    return (h @ outer.mT).flatten(-2)
+        return kronecker(x, self.scale * self.left, *self.right)
 
 
 def divided(width: int, factor: int | None) -> tuple[int, int]:
