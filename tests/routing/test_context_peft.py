@@ -130,6 +130,21 @@ def test_check_5_one_context_for_all_is_the_ordinary_technique(technique: gw.Tec
         torch.testing.assert_close(model(**batch).logits, wanted)
 
 
+def test_nested_contexts_that_multiply_are_a_sum_with_another_vector() -> None:
+    """g_all g = g_all + l - 1 with l = g_all g - g_all + 1: docs/decisions/017."""
+    model, batch = made()
+    for seed, name in enumerate(("all", "image")):
+        stir(gw.attach(model, TEXT_IA3, name=name), 0.3, seed=seed)
+    general, own = (list(gw.adapters(model)[name].parameters()) for name in ("all", "image"))
+    with torch.no_grad():
+        with gw.active(model, "all", "image"):
+            product = model(**batch).logits
+        for g_all, g in zip(general, own, strict=True):
+            g.copy_(g_all * g - g_all + 1)
+        with gw.route(model, ["all", "image"], weights=torch.ones(len(product), 2)):
+            torch.testing.assert_close(model(**batch).logits, product, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("technique", [TEXT_LORA, TEXT_IA3], ids=lambda t: t.name)
 def test_check_6_cached_decoding_is_full_computation(technique: gw.Technique) -> None:
     model, batch = made()
