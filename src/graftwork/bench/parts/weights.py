@@ -7,12 +7,13 @@ from dataclasses import replace
 
 from graftwork.bench import training
 from graftwork.bench.measure import interleaved
+from graftwork.bench.parts.peak import resident
 from graftwork.bench.parts.saved import MIB, kept_by, quotient
 from graftwork.bench.parts.step import time_ratio, tried
 from graftwork.bench.settings import Settings
 from graftwork.bench.table import Goal, Table
 from graftwork.bench.training import Ratio
-from graftwork.bench.variants import FULL
+from graftwork.bench.variants import FULL, Subject
 from graftwork.bench.weight_variants import weight_variants
 
 PART = "weights"
@@ -42,10 +43,14 @@ def measure(settings: Settings) -> list[Table]:
         spread = {key: f"{time.spread:.0%}" for key, time in times.items()}
         table.rows = training.rows(chosen, {k: t.median * 1e3 for k, t in times.items()}, timed, spread.get)
         table.notes = training.notes(steps)
-        kept = training.collect(settings, host, dtype, chosen, lambda s: kept_by(s, batch) / MIB)  # noqa: B023
-        ratio = quotient(kept.figures)
+        found = training.collect(settings, host, dtype, chosen, lambda s: (kept_by(s, batch), resting(s)))  # noqa: B023
+        kept = {key: saved / MIB for key, (saved, _) in found.figures.items()}
+        ratio, in_all = (
+            quotient(kept),
+            quotient({key: float(sum(both)) for key, both in found.figures.items()}),
+        )
         second = replace(table, headings=training.headed("MiB", "trained"), goals=[], notes=[])
-        second.rows = training.rows(chosen, kept.figures, ratio, kept.trained.get)
+        second.rows = training.rows(chosen, kept, ratio, found.trained.get)
         if host.name == "llama":
             table.goals = [
                 *training.goals(TIMES[name], timed, f"{name} time"),
@@ -55,14 +60,35 @@ def measure(settings: Settings) -> list[Table]:
                     for k in KRONECKER
                 ),
                 _against(timed, SPARSE, BESIDE, "ours", f"{name} time of LoRA's", 1.0),
+                _against(
+                    timed,
+                    SPARSE,
+                    FULL,
+                    FULL,
+                    f"{name} time of full fine-tuning's (paper: 1/2.7 to 1/1.5)",
+                    0.667,
+                ),
             ]
             second.goals = [
                 *training.goals(BYTES[name], ratio, f"{name} saved bytes"),
                 *_own(ratio, f"{name} saved bytes", 1.20),
                 _against(ratio, SPARSE, BESIDE, "ours", f"{name} saved bytes of LoRA's", 0.6),
+                _against(
+                    in_all,
+                    SPARSE,
+                    FULL,
+                    FULL,
+                    f"{name} bytes in all of full fine-tuning's (paper: 1/3)",
+                    0.334,
+                ),
             ]
         out += [table, second]
     return out
+
+
+def resting(subject: Subject) -> int:
+    """Bytes beside those saved for backward: weights, buffers, gradients and AdamW's moments."""
+    return resident(subject) + sum(p.numel() * p.element_size() for p in subject.trained)
 
 
 def _own(ratio: Ratio, what: str, limit: float) -> list[Goal]:
