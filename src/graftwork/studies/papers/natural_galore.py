@@ -318,7 +318,7 @@ def _method(plan: Plan, corpus: Corpus, seed: int) -> str:
         "weight decay, no clipping, eps 1e-6. Natural GaLore as published: damping 1e-3, 20 gradients of history, kept "
         f"when the basis is renewed. Beside it, out of {tried}, the damping with the lowest held-out loss, and the "
         f"history forgotten when the basis is renewed. The rate is the best of the same {len(RATES)} for each "
-        f"optimiser, by the held-out loss with seed {seed}. The seed decides start and batches, alike for all optimisers."
+        f"optimiser, by the held-out loss with seed {seed}. The seed decides start and batches, alike for all."
     )
 
 
