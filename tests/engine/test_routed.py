@@ -169,3 +169,33 @@ def test_one_row_for_all_samples_again_and_again():
     with torch.no_grad(), gw.route(host, ["a", "b"], torch.tensor([0, 1, 0])):
         for _ in range(3):
             torch.testing.assert_close(host(x), torch.cat([alone[0], alone[1], alone[0]]))
+
+
+@pytest.mark.parametrize("optimizer", [{"fused": True}, {"foreach": True}, {}], ids=str)
+def test_what_was_kept_falls_with_an_optimisers_step(optimizer: dict[str, bool]) -> None:
+    """A fused step raises no tensor's version."""
+    torch.manual_seed(0)
+    host, x = nn.Sequential(nn.Linear(IN, OUT)), torch.randn(2, 4, IN)
+    adapter = gw.attach(host, gw.LoRA(rank=2), name="a")
+    stir(adapter)
+    step = torch.optim.AdamW(adapter.parameters(), lr=0.1, **optimizer)
+    with gw.route(host, ["a"], torch.zeros(2, 4, dtype=torch.long)):
+        for _ in range(2):
+            with torch.no_grad():
+                routed = host(x)
+            torch.testing.assert_close(routed, host(x).detach())
+            host(x).square().mean().backward()
+            step.step()
+
+
+def test_what_was_kept_falls_with_other_tensors() -> None:
+    host, x = nn.Sequential(nn.Linear(IN, OUT)), torch.randn(2, 4, IN)
+    adapter = gw.attach(host, gw.LoRA(rank=2), name="a")
+    stir(adapter)
+    with gw.route(host, ["a"], torch.zeros(2, 4, dtype=torch.long)), torch.no_grad():
+        before = host(x)
+        adapter.load_tensors({name: tensor * 2 for name, tensor in adapter.tensors().items()})
+        after = host(x)
+    with gw.active(host):
+        bare = host(x)
+    torch.testing.assert_close(after - bare, 4 * (before - bare))

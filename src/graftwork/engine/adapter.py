@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from graftwork.engine.seat import Graft
@@ -118,8 +119,11 @@ class Adapter:
             for name, tensor in place.graft.module.state_dict(keep_vars=True).items()
         }
         _check_fit(self.name, here, tensors)
-        for name, target in here.items():
-            target.data.copy_(tensors[name])
+        with (
+            torch.no_grad()
+        ):  # through `data` no version would rise, and what was kept of a tensor would stand
+            for name, target in here.items():
+                target.copy_(tensors[name])
 
     def tensor_name(self, place: Placed, tensor: str) -> str:
         """What a file calls one tensor of a module."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from graftwork.engine import channels
 from graftwork.engine.modules import LowRankModule
@@ -85,8 +87,24 @@ def stack_of_route(
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _stacked(groups, route.names, None), dropout
     stack = _stacked(groups, route.names, dtype)
-    seat.kept_stack = Kept(route.names, dtype, training, seat.ports, _entries(running), stack, dropout)
+    seat.kept_stack = Kept(
+        route.names, dtype, training, seat.ports, _entries(running), _steps.taken, stack, dropout
+    )
     return stack, dropout
+
+
+class _Steps:
+    """How many steps optimisers have taken: fused ones change tensors without raising their versions."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        register_optimizer_step_post_hook(self._count)
+
+    def _count(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        self.taken += 1
+
+
+_steps = _Steps()
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,7 @@ class Kept:
     Attributes:
         ports: the grafts of the seat (replaced, never mutated).
         entries: (dictionary of a module, name, tensor, its memory, its version) of each tensor read.
+        steps: of any optimiser, when it was made.
     """
 
     names: tuple[str, ...]
@@ -103,6 +122,7 @@ class Kept:
     training: bool
     ports: object
     entries: tuple[tuple[dict[str, Tensor | None], str, Tensor, int, int], ...]
+    steps: int
     stack: Stack
     dropout: float
 
@@ -111,6 +131,7 @@ class Kept:
         same = self.names == names and self.dtype is dtype and self.training is training
         return (
             same
+            and self.steps == _steps.taken
             and self.ports is seat.ports
             and all(
                 held.get(name) is tensor and tensor._version == version and tensor.data_ptr() == memory
