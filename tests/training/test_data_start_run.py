@@ -13,7 +13,7 @@ from tiny_runs import recipe_values
 import graftwork as gw
 from graftwork.adapters.format import read_card
 from graftwork.errors import BadRecipe
-from graftwork.training import run as runs
+from graftwork.training import grafting
 from graftwork.training.calibration import calibration
 from graftwork.training.materials import prepare
 from graftwork.training.recipe import Recipe
@@ -48,8 +48,8 @@ def test_an_interrupted_run_goes_on_as_the_whole_one(
     technique: dict[str, Any], stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    attach = runs.attach
-    monkeypatch.setattr(runs, "attach", lambda *a, **k: (seen.append(attach(*a, **k)), seen[-1])[1])
+    attach = grafting.attach
+    monkeypatch.setattr(grafting, "attach", lambda *a, **k: (seen.append(attach(*a, **k)), seen[-1])[1])
     tune(Recipe.of(values(stage, tmp_path / "whole", technique)))
     first = tmp_path / "stopped"
     tune_until(2, values(stage, first, technique), monkeypatch)

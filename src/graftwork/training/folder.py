@@ -3,7 +3,8 @@
 recipe.yaml     resolved: running it again is this run again
 metrics.jsonl   step, loss, lr, evaluation, seconds
 checkpoint-N/   while running: the newest and the best
-adapter/        the result
+adapter/        the result; a file for each context, where there are several
+connector.safetensors           of a model made of two bases: what joins them
 curves.png, card.md, run.json   written last; run.json marks the run as finished
 """
 
@@ -39,6 +40,10 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / IN_RUN
+
+    @property
+    def connector(self) -> Path:
+        return self.path / "connector.safetensors"
 
     @property
     def curves(self) -> Path:

@@ -26,7 +26,7 @@ def with_fresh(model: nn.Module, techniques: Sequence[Technique]) -> list[Techni
 
     Raises PortUnavailable when such a part cannot be trained as an adapter.
     """
-    new = sorted(_random_modules(model) - _trained_modules(model, techniques))
+    new = new_parts(model, techniques)
     if not new:
         return list(techniques)
     patterns = [f"re:{re.escape(name)}" for name in new]
@@ -40,6 +40,11 @@ def with_fresh(model: nn.Module, techniques: Sequence[Technique]) -> list[Techni
         ) from None
     log.warning("not in the base's files, so trained and saved with the adapter: %s", ", ".join(new))
     return [*techniques, added]
+
+
+def new_parts(model: nn.Module, techniques: Sequence[Technique] = ()) -> list[str]:
+    """Modules that are random in `model` and trained neither by `techniques` nor as its head."""
+    return sorted(_random_modules(model) - _trained_modules(model, techniques))
 
 
 def _random_modules(model: nn.Module) -> set[str]:

@@ -13,6 +13,7 @@ from graftwork.data.splits import draw, read_splits
 from graftwork.data.tables import Layout
 from graftwork.errors import BadRecipe
 from graftwork.models.base import load_base
+from graftwork.models.pair import load_pair
 from graftwork.tasks.base import Encoded, Task
 from graftwork.tasks.registry import make_task
 from graftwork.training.recipe import Data, Model, Recipe
@@ -74,8 +75,10 @@ def read(data: Data, seed: int) -> Splits:
 
 def base(model: Model, task: Task) -> tuple[nn.Module, Any]:
     """The host and its preprocessor."""
+    if model.pair:
+        return load_pair(*model.pair, dtype=DTYPES[model.dtype])
     return load_base(
-        model.name,
+        model.title,
         task=task.name,
         labels=task.labels or task.outputs,
         dtype=DTYPES[model.dtype],

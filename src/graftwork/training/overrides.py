@@ -43,9 +43,12 @@ def _descend(place: Any, part: str, path: str, assignment: str) -> Any:
 
 
 def _opened(value: Any, path: str, assignment: str) -> Any:
-    """What can be descended into: `technique: lora` opens as `{name: lora}`."""
-    if isinstance(value, str) and path.split(".")[0] in NAMED:
+    """What can be descended into: `technique: lora` opens as `{name: lora}`, `image: <image>` as its tokens."""
+    parts = path.split(".")
+    if isinstance(value, str) and (parts[0] in NAMED or parts[::2] == ["contexts", "technique"]):
         return {"name": value}
+    if parts[0] == "contexts" and len(parts) == 2 and value is not None and not isinstance(value, dict):
+        return {"tokens": value}
     if value is None:
         return {}
     if not isinstance(value, dict | list):

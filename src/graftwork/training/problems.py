@@ -9,6 +9,8 @@ from pydantic import BaseModel, ValidationError
 
 from graftwork.errors import nearest
 
+MAPPINGS = ("contexts",)  # sections whose keys are names of the user's own
+
 
 def describe(error: ValidationError, root: type[BaseModel], values: Mapping[str, Any], origin: str) -> str:
     """One line per finding; the first line says which recipe."""
@@ -45,15 +47,24 @@ def _known(path: str, root: type[BaseModel]) -> list[str]:
     """The keys beside an unknown one; for a key without section all keys of all sections."""
     every = _leaves(root)
     section = path.rpartition(".")[0]
-    beside = [leaf for leaf in every if leaf.startswith(f"{section}.")]
+    parts = f"{section}.".split(".")[:-1]
+    beside = [leaf for leaf in (_inside(parts, leaf) for leaf in every) if leaf]
     return beside if section else [*root.model_fields, *every]
+
+
+def _inside(section: list[str], leaf: str) -> str | None:
+    """The leaf as a key of that section, whose own names stand where the leaf has `*`; None for one of another."""
+    parts = leaf.split(".")
+    fits = len(parts) > len(section) and all(a in (b, "*") for a, b in zip(parts, section, strict=False))
+    return ".".join([*section, *parts[len(section) :]]) if fits else None
 
 
 def _leaves(section: type[BaseModel], prefix: str = "") -> list[str]:
     found: list[str] = []
     for name, field in section.model_fields.items():
         inner = next((kind for kind in _kinds(field.annotation) if issubclass(kind, BaseModel)), None)
-        found += _leaves(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+        below = f"{prefix}{name}.*." if name in MAPPINGS else f"{prefix}{name}."
+        found += _leaves(inner, below) if inner else [f"{prefix}{name}"]
     return found
 
 

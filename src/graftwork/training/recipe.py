@@ -12,30 +12,26 @@ Paths are relative to the working directory. `model: minilm` or `technique: lora
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from graftwork.errors import BadOption, BadRecipe, GraftworkError
+from graftwork.errors import BadOption, BadRecipe
 from graftwork.objectives.base import Objective
 from graftwork.objectives.registry import distinct, make_objective
 from graftwork.reference.catalogue import make
 from graftwork.reference.technique import Technique
-from graftwork.tasks.registry import make_task
+from graftwork.tasks.registry import make_task, task_class
 from graftwork.training import yaml
+from graftwork.training.contexts import Contexts, check_techniques, techniques_of
 from graftwork.training.optimizer import LowRank, make_optimizer
 from graftwork.training.overrides import override
 from graftwork.training.problems import describe
+from graftwork.training.section import Named, Section, Techniques, checked, listed, named
+
+NAME = "default"  # of the adapter of a recipe without contexts
 
 
 def _interval(value: Any) -> Any:
@@ -47,65 +43,48 @@ def _interval(value: Any) -> Any:
 
 Interval = Annotated[str | int, BeforeValidator(_interval)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: strict types, no unknown keys, no change after reading."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-def _named(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
+Name = Annotated[str, Field(min_length=1)]
 
 
 class Model(Section):
-    """The host.
+    """The host: one base by name, or a captioner out of two.
 
     Args:
         name: an embedded model, a folder or a hub name.
+        vision, text: in place of a name, a vision transformer and a decoder; what joins them is trained.
         dtype: how its weights are stored.
         quantised: how its linear layers are, by bitsandbytes; `dtype` is then what they compute in.
     """
 
-    name: str = Field(min_length=1)
+    name: Name | None = None
+    vision: Name | None = None
+    text: Name | None = None
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     quantised: Literal["nf4", "int8"] | None = None
 
-
-class Named(BaseModel):
-    """Something by name, with its options beside the name; what it names checks each of them."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-
-    name: str
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        """Vision and text, where it is made of two."""
+        return (self.vision, self.text) if self.vision and self.text else None
 
     @property
-    def options(self) -> dict[str, Any]:
-        return self.model_extra or {}
+    def title(self) -> str:
+        """What a report calls it."""
+        return self.name or " + ".join(self.pair or ())
+
+    @model_validator(mode="after")
+    def _one_or_two(self) -> Model:
+        given = [part is not None for part in (self.name, self.vision, self.text)]
+        if given not in ([True, False, False], [False, True, True]):
+            raise ValueError("give a name, or vision and text for a captioner out of two")
+        if self.pair and self.quantised:
+            raise ValueError("quantised takes a model of one name: leave it out")
+        return self
 
 
-def _checked(check: Callable[[str, Mapping[str, Any]], object]) -> AfterValidator:
-    """Let `check` look at name and options; what it raises becomes a finding of pydantic's."""
-
-    def look(spec: Named) -> Named:
-        try:
-            check(spec.name, spec.options)
-        except GraftworkError as error:
-            raise ValueError(str(error)) from None
-        return spec
-
-    return AfterValidator(look)
-
-
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-OneTechnique = Annotated[Named, BeforeValidator(_named), _checked(make)]
-OneTask = Annotated[Named, BeforeValidator(_named), _checked(make_task)]
-OneOptimizer = Annotated[Named, BeforeValidator(_named), _checked(make_optimizer)]
-OneObjective = Annotated[Named, BeforeValidator(_named), _checked(make_objective)]
+OneTask = Annotated[Named, BeforeValidator(named), checked(make_task)]
+OneOptimizer = Annotated[Named, BeforeValidator(named), checked(make_optimizer)]
+OneObjective = Annotated[Named, BeforeValidator(named), checked(make_objective)]
 
 
 def _distinct(specs: list[Named]) -> list[Named]:
@@ -116,7 +95,7 @@ def _distinct(specs: list[Named]) -> list[Named]:
     return specs
 
 
-Terms = Annotated[list[OneObjective], BeforeValidator(_listed), AfterValidator(_distinct)]
+Terms = Annotated[list[OneObjective], BeforeValidator(listed), AfterValidator(_distinct)]
 
 
 class FileLayout(Section):
@@ -169,6 +148,7 @@ class Training(Section):
         patience: evaluations without improvement after which the run stops.
         keep: which state becomes the adapter, that of the best evaluation or the last.
         order: of the samples, "random", or "length": random batches of like length, which pad less.
+        context_dropout: share of the tokens whose context is off, drawn anew in each training forward.
         calibration_batches: how many batches of training samples a technique starts from that starts from data.
         sharding: "fsdp2" shards the model over the processes; "none" copies it to each (DDP).
     """
@@ -193,6 +173,7 @@ class Training(Section):
     patience: Annotated[int, Field(ge=1)] | None = None
     keep: Literal["best", "last"] = "best"
     order: Literal["random", "length"] = "random"
+    context_dropout: Share = 0.0
     calibration_batches: Annotated[int, Field(ge=1)] = 8
     sharding: Literal["none", "fsdp2"] = "none"
 
@@ -216,13 +197,36 @@ class Training(Section):
 class Recipe(Section):
     """Everything that decides a run."""
 
-    model: Annotated[Model, BeforeValidator(_named)]
-    technique: Annotated[list[OneTechnique], BeforeValidator(_listed), Field(min_length=1)]
+    model: Annotated[Model, BeforeValidator(named)]
+    technique: Techniques | None = None
+    contexts: Contexts | None = None
     task: OneTask
     data: Data
     training: Training = Training()
     objectives: Terms = []
     output: str
+
+    @model_validator(mode="after")
+    def _whole(self) -> Recipe:
+        if self.model.pair and self._reads != "image-text":
+            raise ValueError(
+                f"model: vision and text make a captioner, and {self.task.name} is no task for one: take captioning"
+            )
+        if self.contexts is not None:
+            if self._reads == "image":
+                raise ValueError(
+                    f"contexts: they serve tokens, and {self.task.name} has none; leave them out"
+                )
+            check_techniques(self.contexts, self.technique)
+        elif self.technique is None:
+            raise ValueError("technique: missing")
+        elif self.training.context_dropout:
+            raise ValueError("training.context_dropout: there are no contexts to drop; leave it out")
+        return self
+
+    @property
+    def _reads(self) -> str:
+        return task_class(self.task.name).preprocessor
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -238,9 +242,15 @@ class Recipe(Section):
         except ValidationError as error:
             raise BadRecipe(describe(error, cls, changed, origin)) from None
 
+    def adapters(self) -> dict[str, list[Technique]]:
+        """Name -> what to attach, in order: one adapter, or one for each context."""
+        if self.contexts is None:
+            return {NAME: [make(spec.name, spec.options) for spec in self.technique or []]}
+        return {name: techniques_of(context, self.technique) for name, context in self.contexts.items()}
+
     def techniques(self) -> list[Technique]:
-        """What to attach, in order."""
-        return [make(spec.name, spec.options) for spec in self.technique]
+        """The techniques of all adapters, in order."""
+        return [technique for techniques in self.adapters().values() for technique in techniques]
 
     def terms(self) -> list[Objective]:
         """What to add to the loss."""
@@ -249,8 +259,9 @@ class Recipe(Section):
     def resolved(self) -> dict[str, Any]:
         """Plain values, defaults filled in; `Recipe.of` of them is this recipe again."""
         values = self.model_dump(exclude_none=True)
-        if len(self.technique) == 1:
-            values["technique"] = values["technique"][0]
+        for holder in (values, *values.get("contexts", {}).values()):
+            if len(holder.get("technique", ())) == 1:
+                holder["technique"] = holder["technique"][0]
         return values
 
     def text(self) -> str:

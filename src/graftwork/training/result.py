@@ -23,7 +23,8 @@ class RunResult:
     Attributes:
         output: the run folder.
         model, task: names as in the recipe.
-        techniques: what was attached, head included, as `repr` spells it.
+        techniques: what was attached, head included, as `repr` spells it, behind the context's name where there are
+            several.
         labels: names of the classes, empty elsewhere.
         examples: split -> number of examples.
         scores: split -> metric -> value, of the adapter that was kept.
@@ -31,7 +32,7 @@ class RunResult:
         steps, kept_step: optimiser steps done, and the one whose state was kept.
         stopped_early: the run ended before its last step for want of improvement.
         trainable, parameters: trained values, and values of the frozen base.
-        file_bytes: size of the adapter file.
+        file_bytes: size of the adapter files, and of the connector where one is trained.
         flops_per_step: operations of one optimiser step, forward and backward.
         seconds, seconds_per_step: wall time in all, and the median of a step (of one process).
         peak_bytes, peak_of: peak memory while training, of the accelerator or of the whole process.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,24 @@ from transformers.trainer_callback import TrainerState
 
 from graftwork.adapters.store import save
 from graftwork.analysis.cost import cost
-from graftwork.engine.adapter import Adapter
-from graftwork.engine.attach import attach
 from graftwork.engine.lean_host import lean
 from graftwork.errors import PortUnavailable
 from graftwork.objectives.total import Objectives
 from graftwork.reference.technique import Technique
 from graftwork.training import checkpoints
 from graftwork.training.arguments import training_arguments
-from graftwork.training.calibration import calibration
 from graftwork.training.curves import draw
 from graftwork.training.folder import RunFolder, open_run
-from graftwork.training.fresh import with_fresh
+from graftwork.training.grafting import Grafted, graft, planned
 from graftwork.training.groups import grouped
+from graftwork.training.joined import save_connector
 from graftwork.training.journal import Journal, Recorder, Watch, is_overhead
 from graftwork.training.materials import Materials, prepare
 from graftwork.training.memory import peak_bytes, reset_peak
 from graftwork.training.processes import by_first, processes
-from graftwork.training.recipe import Recipe
-from graftwork.training.result import RunResult, card, spelled, versions
+from graftwork.training.recipe import Recipe, Training
+from graftwork.training.result import RunResult, card, versions
 from graftwork.training.trainer import Trainer
-
-NAME = "default"
 
 
 def tune(
@@ -59,13 +55,12 @@ def tune(
     checkpoint = by_first(lambda: open_run(recipe, overwrite=overwrite))
     set_seed(recipe.training.seed)
     materials = prepare(recipe)
-    techniques = with_fresh(materials.model, [t.tokenized(materials.ids) for t in recipe.techniques()])
-    flops = step_flops(materials, techniques, recipe.training.batch_size)
-    batches = calibration(materials, techniques, recipe.training)
-    adapter = attach(materials.model, techniques, name=NAME, calibration=batches)
+    plan = planned(recipe, materials)
+    flops = step_flops(materials, [t for techniques in plan.values() for t in techniques], recipe.training)
+    grafted = graft(recipe, materials, plan)
     if recipe.training.lean:
         make_lean(materials.model, loss=not any(term.reads_logits for term in recipe.terms()))
-    return _Run(recipe, folder, materials, adapter, flops, watch).go(checkpoint)
+    return _Run(recipe, folder, materials, grafted, flops, watch).go(checkpoint)
 
 
 @dataclass
@@ -73,7 +68,7 @@ class _Run:
     recipe: Recipe
     folder: RunFolder
     materials: Materials
-    adapter: Adapter
+    grafted: Grafted
     flops: int
     watch: Watch | None
 
@@ -113,7 +108,7 @@ class _Run:
             args=arguments,
             patience=training.patience,
             objectives=Objectives(materials.model, terms) if (terms := self.recipe.terms()) else None,
-            groups=lambda model: grouped(model, factors(self.adapter, model), training.weight_decay),
+            groups=lambda model: grouped(model, self.grafted.rates(model), training.weight_decay),
             low_rank=training.low_rank(),
             callbacks=[recorder],
         )
@@ -143,27 +138,34 @@ class _Run:
         return {name: scores_on(trainer, part) for name, part in splits.items()}
 
     def _save(self, trainer: Trainer) -> int:
-        """Write the adapter file; a sharded model is gathered by all processes together."""
+        """Write the adapter files; a sharded model is gathered by all processes together."""
         model = trainer.accelerator.unwrap_model(trainer.model)
         if trainer.is_fsdp_enabled:  # by the recipe, or by `accelerate launch`
-            save(model, self.folder.adapter, name=NAME)
+            self._write_files(model)
         else:
-            by_first(lambda: save(model, self.folder.adapter, name=NAME))
+            by_first(lambda: self._write_files(model))
         processes().wait_for_everyone()
-        return sum(file.stat().st_size for file in self.folder.adapter.iterdir())
+        files = [*self.folder.adapter.iterdir(), *([self.folder.connector] if self.grafted.connector else [])]
+        return sum(file.stat().st_size for file in files)
+
+    def _write_files(self, model: nn.Module) -> None:
+        for name in self.grafted.adapters:
+            save(model, self.folder.adapter, name=name)
+        if self.grafted.connector is not None:
+            save_connector(model, self.folder.connector)
 
     def _facts(self) -> dict[str, Any]:
         recipe, materials = self.recipe, self.materials
-        own = {id(parameter) for parameter in self.adapter.parameters()}
+        own = {id(parameter) for parameter in self.grafted.parameters()}
         return {
             "output": recipe.output,
-            "model": recipe.model.name,
+            "model": recipe.model.title,
             "task": recipe.task.name,
-            "techniques": tuple(spelled(technique) for technique in self.adapter.techniques),
+            "techniques": self.grafted.spelled(),
             "labels": materials.task.labels,
             "examples": {name: len(part) for name, part in materials.splits.items()},
             "best_metric": materials.task.best_metric,
-            "trainable": self.adapter.count(),
+            "trainable": self.grafted.count(),
             "parameters": sum(p.numel() for p in materials.model.parameters() if id(p) not in own),
             "flops_per_step": self.flops,
             "peak_of": "accelerator" if torch.cuda.is_available() else "process",
@@ -195,10 +197,10 @@ def make_lean(model: nn.Module, *, loss: bool = True) -> None:
         )
 
 
-def step_flops(materials: Materials, techniques: Sequence[Technique], size: int) -> int:
+def step_flops(materials: Materials, techniques: Sequence[Technique], training: Training) -> int:
     """Operations of one optimiser step on the first batch's shapes, over all processes."""
     rows = materials.splits["train"]
-    batch = [rows[number] for number in range(min(size, len(rows)))]
+    batch = [rows[number] for number in range(min(training.batch_size, len(rows)))]
     inputs = materials.task.collator(materials.preprocessor)(batch)
     return cost(_unquantised(materials.model), techniques, inputs=inputs).step_flops
 
@@ -231,14 +233,3 @@ def scores_on(trainer: Trainer, examples: Any) -> dict[str, float]:
     found = trainer.evaluate(examples, metric_key_prefix="final")
     scores = {key.removeprefix("final_"): value for key, value in found.items() if key.startswith("final_")}
     return {key: value for key, value in scores.items() if not is_overhead(key)}
-
-
-def factors(adapter: Adapter, model: nn.Module) -> Callable[[str], float]:
-    """Learning-rate factor of a parameter by its name in the model; 1 where its technique says nothing."""
-    by_tensor: dict[int, float] = {}
-    for place in adapter.placed:
-        rates = adapter.techniques[place.index].learning_rates()
-        for name, parameter in place.graft.module.named_parameters():
-            by_tensor[id(parameter)] = rates.get(name.rpartition(".")[2], 1.0)
-    named = {name: by_tensor.get(id(parameter), 1.0) for name, parameter in model.named_parameters()}
-    return lambda name: named[name]

@@ -10,28 +10,40 @@ from torch import nn
 
 from graftwork.adapters.format import read_card
 from graftwork.adapters.store import load, locate
+from graftwork.engine.verbs import route
 from graftwork.errors import BadOption, StateError
 from graftwork.tasks.base import Task
 from graftwork.tasks.registry import make_task
 from graftwork.training.folder import RunFolder
+from graftwork.training.joined import load_connector
 from graftwork.training.materials import base
 from graftwork.training.recipe import Model, Recipe
 from graftwork.training.result import RunResult
+from graftwork.training.tokens import router
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter file, the base it belongs to, its task, and the recipe of its run where there is one."""
+    """An adapter file (of contexts their folder), the base it belongs to, its task, and what else its run has."""
 
     adapter: Path
     model: Model
     task: Task
     recipe: Recipe | None = None
+    connector: Path | None = None
 
     def load(self) -> tuple[nn.Module, Any]:
-        """The base with the adapter on it, and the preprocessor."""
+        """The base with the adapter on it, or with all contexts and their route, and the preprocessor."""
         host, preprocessor = base(self.model, self.task)
-        load(host, self.adapter)
+        if self.connector is not None:
+            load_connector(host, self.connector)
+        contexts = None if self.recipe is None else self.recipe.contexts
+        if contexts is None:
+            load(host, self.adapter)
+            return host, preprocessor
+        for name in contexts:
+            load(host, self.adapter, name=name)
+        route(host, list(contexts), by=router(contexts, host, preprocessor))
         return host, preprocessor
 
 
@@ -49,8 +61,12 @@ def _of_run(path: Path, model: str | None) -> Subject:
         )
     recipe = Recipe.load(folder.recipe)
     labels = RunResult.of(folder.facts(), str(folder.result)).labels
-    host = recipe.model if model is None else recipe.model.model_copy(update={"name": model})
-    return Subject(folder.adapter, host, _task(recipe.task.name, recipe.task.options, labels), recipe)
+    other = None if model is None else {"name": model, "vision": None, "text": None}
+    host = recipe.model if other is None else recipe.model.model_copy(update=other)
+    connector = folder.connector if recipe.model.pair else None
+    return Subject(
+        folder.adapter, host, _task(recipe.task.name, recipe.task.options, labels), recipe, connector
+    )
 
 
 def _of_file(path: Path, model: str | None, task: str | None) -> Subject:
