@@ -10,13 +10,16 @@ import pytest
 import torch
 from interrupted import numbers, tune_until
 from PIL import Image
+from safetensors.torch import load_file
+from test_distributed import launch
 from tiny_runs import recipe_values, save_rows
 from torch.optim import AdamW
 from transformers import set_seed
 
 import graftwork as gw
+from graftwork.cli.merge import merge
 from graftwork.data.readers import read_rows
-from graftwork.errors import BadFile, BadRecipe
+from graftwork.errors import BadFile, BadRecipe, StateError
 from graftwork.models.pair import load_pair
 from graftwork.routing import ByToken
 from graftwork.tasks.captioning import Captioning
@@ -204,7 +207,8 @@ def test_tokens_that_cannot_be_served_are_refused(
 def test_sites_that_see_patches_are_refused(pair: Path, tmp_path: Path) -> None:
     given = {**values(pair, tmp_path / "run"), "technique": "lora"}
     with pytest.raises(
-        BadRecipe, match=r"Every site of a context must see the row of tokens; name its stack"
+        BadRecipe,
+        match=r"Every site of a context must see the row of tokens, and these are in the stacks text, vision",
     ):
         tune(Recipe.of(given))
 
@@ -334,6 +338,24 @@ def test_one_adapter_on_a_model_of_two(pair: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "connector.safetensors").write_bytes(b"no tensors")
     with pytest.raises(BadFile, match="no connector of this model"):
         evaluate(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_contexts_are_not_merged(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(StateError, match=r"several contexts \(image, text\)"):
+        merge(str(finished), tmp_path / "merged")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("sharding", ["none", "fsdp2"])
+def test_two_processes_train_what_one_does(sharding: str, pair: Path, tmp_path: Path) -> None:
+    steps = {"schedule": "constant", "warmup": 0.0, "learning_rate": 1e-3, "keep": "last"}
+    tune(Recipe.of(values(pair, tmp_path / "one", **steps)))
+    launch(Recipe.of(values(pair, tmp_path / "two", sharding=sharding, **steps)), tmp_path)
+    for file in ("adapter/image.safetensors", "adapter/text.safetensors", "connector.safetensors"):
+        one, two = (load_file(tmp_path / run / file) for run in ("one", "two"))
+        torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.slow

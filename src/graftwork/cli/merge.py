@@ -28,6 +28,11 @@ def merge(
     from graftwork.training.subject import open_subject
 
     subject = open_subject(adapter, model=model, task=task)
+    if subject.recipe is not None and subject.recipe.contexts is not None:
+        raise StateError(
+            f"{adapter} holds several contexts ({', '.join(subject.recipe.contexts)}), each for its own tokens, and a "
+            "merged base would be the same for all tokens; run them by their route, as `graftwork evaluate` does"
+        )
     host, preprocessor = subject.load()
     from graftwork.engine.merging import merge as fold
 

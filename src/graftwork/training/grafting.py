@@ -11,7 +11,7 @@ from torch import nn
 from graftwork.anatomy.resolve import head_sites
 from graftwork.engine.adapter import Adapter
 from graftwork.engine.attach import attach
-from graftwork.engine.verbs import route, trainable
+from graftwork.engine.verbs import adapters, route, trainable
 from graftwork.errors import BadRecipe, RouteError
 from graftwork.reference.technique import Technique
 from graftwork.routing import ByToken
@@ -19,7 +19,7 @@ from graftwork.training.calibration import calibration
 from graftwork.training.fresh import new_parts, with_fresh
 from graftwork.training.joined import connector_of
 from graftwork.training.materials import Materials
-from graftwork.training.recipe import Recipe
+from graftwork.training.recipe import NAME, Recipe
 from graftwork.training.result import spelled
 from graftwork.training.tokens import check_served, router
 
@@ -45,10 +45,9 @@ class Grafted:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def spelled(self) -> tuple[str, ...]:
-        """The techniques as `repr` spells them, each behind its context's name where there are several."""
-        alone = len(self.adapters) == 1
+        """The techniques as `repr` spells them, those of a context behind its name."""
         return tuple(
-            spelled(technique) if alone else f"{name}: {spelled(technique)}"
+            spelled(technique) if name == NAME else f"{name}: {spelled(technique)}"
             for name, adapter in self.adapters.items()
             for technique in adapter.techniques
         )
@@ -78,13 +77,13 @@ def graft(recipe: Recipe, materials: Materials, plan: Plan) -> Grafted:
     """Attach what is planned; contexts with their route. Raises BadRecipe where contexts cannot work."""
     model = materials.model
     by = _router(recipe, materials)
-    adapters = {name: _attached(recipe, materials, name, techniques) for name, techniques in plan.items()}
+    made = {name: _attached(recipe, materials, name, techniques) for name, techniques in plan.items()}
     connector = connector_of(model).requires_grad_() if recipe.model.pair else None
     if by is not None:
-        trainable(model, *adapters)
-        route(model, list(adapters), by=by)
+        trainable(model, *made)
+        route(model, list(made), by=by)
         _try(materials)
-    return Grafted(adapters, connector)
+    return Grafted(made, connector)
 
 
 def _router(recipe: Recipe, materials: Materials) -> ByToken | None:
@@ -121,9 +120,15 @@ def _try(materials: Materials) -> None:
         with torch.no_grad():
             model.eval()(**{name: tensor.to(device) for name, tensor in batch.items()})
     except RouteError as error:
+        places = [place for adapter in adapters(model).values() for place in adapter.placed]
+        stacks = ", ".join(sorted({place.site.stack for place in places} - {""}))
         raise BadRecipe(
-            f"contexts: {error}. Every site of a context must see the row of tokens; name its stack in workspaces "
-            "(text.attention.*), or take another technique"
+            f"contexts: {error}. Every site of a context must see the row of tokens"
+            + (
+                f", and these are in the stacks {stacks}: name one in workspaces (text.attention.*)"
+                if stacks
+                else ""
+            )
         ) from error
     finally:
         model.train(mode)

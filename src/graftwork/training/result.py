@@ -23,8 +23,7 @@ class RunResult:
     Attributes:
         output: the run folder.
         model, task: names as in the recipe.
-        techniques: what was attached, head included, as `repr` spells it, behind the context's name where there are
-            several.
+        techniques: what was attached, head included, as `repr` spells it, that of a context behind its name.
         labels: names of the classes, empty elsewhere.
         examples: split -> number of examples.
         scores: split -> metric -> value, of the adapter that was kept.
