@@ -23,6 +23,7 @@ from graftwork.data import embedded
 from graftwork.models.hosts import HOSTS
 from graftwork.reference import catalogue
 from graftwork.tasks.registry import tasks
+from graftwork.training.contexts import Context
 from graftwork.training.optimizer import KINDS
 from graftwork.training.recipe import Data, FileLayout, Model, Recipe, Training
 from graftwork.training.yaml import parse
@@ -31,9 +32,11 @@ from pages import FRONT, PAGES, ROOT, anchors, blocks, links, rows, run, title
 DOCS = ROOT / "docs"
 TRAINING = DOCS / "training.md"
 OPTIMIZERS = DOCS / "optimizers.md"
+CAPTIONING = DOCS / "captioning.md"
 SECTIONS: dict[str, type[pydantic.BaseModel]] = {
     "": Recipe,
     "model.": Model,
+    "contexts.NAME.": Context,
     "data.": Data,
     "data.layout.": FileLayout,
     "training.": Training,
@@ -141,7 +144,9 @@ def test_every_option_of_the_optimizers_is_listed_with_its_default() -> None:
         assert table["svd"] == inspect.signature(kind).parameters["svd"].default
 
 
-@pytest.mark.parametrize("block", blocks(TRAINING, "yaml") + blocks(OPTIMIZERS, "yaml"))
+@pytest.mark.parametrize(
+    "block", [block for page in (TRAINING, OPTIMIZERS, CAPTIONING) for block in blocks(page, "yaml")]
+)
 def test_recipes_on_the_page_are_valid(block: str) -> None:
     Recipe.of(parse(block, "the page"))
 
