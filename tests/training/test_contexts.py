@@ -20,6 +20,7 @@ import graftwork as gw
 from graftwork.cli.merge import merge
 from graftwork.data.readers import read_rows
 from graftwork.errors import BadFile, BadRecipe, StateError
+from graftwork.models.base import load_base
 from graftwork.models.pair import load_pair
 from graftwork.routing import ByToken
 from graftwork.tasks.captioning import Captioning
@@ -334,7 +335,14 @@ def test_one_adapter_on_a_model_of_two(pair: Path, tmp_path: Path) -> None:
     given = values(pair, tmp_path / "run")
     del given["contexts"]
     result = tune(Recipe.of(given))
-    assert evaluate(tmp_path / "run") == pytest.approx(result.scores["validation"], abs=1e-6)
+    scores = pytest.approx(result.scores["validation"], abs=1e-6)
+    assert evaluate(tmp_path / "run") == scores
+    merge(str(tmp_path / "run"), tmp_path / "whole")
+    host, both = load_base(str(tmp_path / "whole"), task="captioning")
+    batch = Captioning().encode(read_rows(str(pair / "dev.jsonl")), both)
+    found, _ = open_subject(tmp_path / "run").load()
+    inputs = Captioning().collator(both)([batch[0], batch[1]])
+    torch.testing.assert_close(host(**inputs).logits, found.eval()(**inputs).logits, atol=1e-5, rtol=1e-4)
     (tmp_path / "run" / "connector.safetensors").write_bytes(b"no tensors")
     with pytest.raises(BadFile, match="no connector of this model"):
         evaluate(tmp_path / "run")

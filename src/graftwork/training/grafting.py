@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from graftwork.anatomy.resolve import head_sites
 from graftwork.engine.adapter import Adapter
 from graftwork.engine.attach import attach
-from graftwork.engine.verbs import adapters, route, trainable
-from graftwork.errors import BadRecipe, RouteError
+from graftwork.engine.verbs import route, trainable
+from graftwork.errors import BadRecipe
 from graftwork.reference.technique import Technique
 from graftwork.routing import ByToken
 from graftwork.training.calibration import calibration
@@ -21,7 +20,7 @@ from graftwork.training.joined import connector_of
 from graftwork.training.materials import Materials
 from graftwork.training.recipe import NAME, Recipe
 from graftwork.training.result import spelled
-from graftwork.training.tokens import check_served, router
+from graftwork.training.tokens import check_seen, check_served, router
 
 Plan = Mapping[str, Sequence[Technique]]
 
@@ -82,7 +81,7 @@ def graft(recipe: Recipe, materials: Materials, plan: Plan) -> Grafted:
     if by is not None:
         trainable(model, *made)
         route(model, list(made), by=by)
-        _try(materials)
+        check_seen(materials)
     return Grafted(made, connector)
 
 
@@ -109,26 +108,3 @@ def _refuse_new_parts(materials: Materials) -> None:
             f"contexts: {materials.task.name} puts new parts on this base ({', '.join(new)}), which no single context "
             "can hold; take a task of language modelling or captioning"
         )
-
-
-def _try(materials: Materials) -> None:
-    """One forward of the first row: a site that does not see the row's tokens refuses the route."""
-    model, rows = materials.model, materials.splits["train"]
-    batch = materials.task.collator(materials.preprocessor)([rows[0]])
-    device, mode = next(model.parameters()).device, model.training
-    try:
-        with torch.no_grad():
-            model.eval()(**{name: tensor.to(device) for name, tensor in batch.items()})
-    except RouteError as error:
-        places = [place for adapter in adapters(model).values() for place in adapter.placed]
-        stacks = ", ".join(sorted({place.site.stack for place in places} - {""}))
-        raise BadRecipe(
-            f"contexts: {error}. Every site of a context must see the row of tokens"
-            + (
-                f", and these are in the stacks {stacks}: name one in workspaces (text.attention.*)"
-                if stacks
-                else ""
-            )
-        ) from error
-    finally:
-        model.train(mode)

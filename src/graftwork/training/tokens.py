@@ -9,13 +9,16 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from graftwork.errors import BadRecipe, nearest
+from graftwork.engine.verbs import adapters
+from graftwork.errors import BadRecipe, RouteError, nearest
 from graftwork.models.readers import ImageText
 from graftwork.routing import ByToken
 from graftwork.tasks.base import Encoded
 from graftwork.training.contexts import OTHERS, Context, Token
+from graftwork.training.materials import Materials
 
 IMAGE = "<image>"
 
@@ -33,22 +36,32 @@ def router(
             f"contexts: {type(model).__name__} reads two rows of tokens, and a context could be meant for either; "
             "take a decoder or an encoder alone"
         )
+    groups = _groups(contexts, model.get_input_embeddings().num_embeddings, preprocessor)  # type: ignore[operator]
+    other = next((place for place, context in enumerate(contexts.values()) if context.tokens == OTHERS), -1)
+    return ByToken(groups, other=other, dropout=dropout)
+
+
+def _groups(contexts: Mapping[str, Context], rows: int, preprocessor: Any) -> dict[int, int]:
+    """Token number -> place of its context."""
     words = _vocabulary(preprocessor)
-    rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     groups: dict[int, int] = {}
     for place, (name, context) in enumerate(contexts.items()):
         for token in context.listed:
-            where = f"contexts.{name}.tokens"
-            number = words.get(token) if isinstance(token, str) else token if 0 <= token < rows else None
+            number = _number(token, words, rows)
             if number is None:
-                raise BadRecipe(f"{where}: {_unknown(token, words, rows, preprocessor)}")
+                raise BadRecipe(f"contexts.{name}.tokens: {_unknown(token, words, rows, preprocessor)}")
             if number in groups:
                 raise BadRecipe(
                     f"contexts.{name}.tokens: {token!r} is token {number}, which is listed already"
                 )
             groups[number] = place
-    other = next((n for n, context in enumerate(contexts.values()) if context.tokens == OTHERS), -1)
-    return ByToken(groups, other=other, dropout=dropout)
+    return groups
+
+
+def _number(token: Token, words: Mapping[str, int], rows: int) -> int | None:
+    if isinstance(token, str):
+        return words.get(token)
+    return token if 0 <= token < rows else None
 
 
 def check_served(contexts: Mapping[str, Context], by: ByToken, preprocessor: Any, rows: Encoded) -> None:
@@ -62,6 +75,29 @@ def check_served(contexts: Mapping[str, Context], by: ByToken, preprocessor: Any
                 f"contexts.{name}: none of its tokens is in the training rows, so it would learn nothing; "
                 "name other tokens, or leave it out"
             )
+
+
+def check_seen(materials: Materials) -> None:
+    """BadRecipe where a site does not see the row of tokens, which then refuses the route: one forward of one row."""
+    model, rows = materials.model, materials.splits["train"]
+    batch = materials.task.collator(materials.preprocessor)([rows[0]])
+    device, mode = next(model.parameters()).device, model.training
+    try:
+        with torch.no_grad():
+            model.eval()(**{name: tensor.to(device) for name, tensor in batch.items()})
+    except RouteError as error:
+        places = [place for adapter in adapters(model).values() for place in adapter.placed]
+        stacks = ", ".join(sorted({place.site.stack for place in places} - {""}))
+        raise BadRecipe(
+            f"contexts: {error}. Every site of a context must see the row of tokens"
+            + (
+                f", and these are in the stacks {stacks}: name one in workspaces (text.attention.*)"
+                if stacks
+                else ""
+            )
+        ) from error
+    finally:
+        model.train(mode)
 
 
 def _unknown(token: Token, words: Mapping[str, int], rows: int, preprocessor: Any) -> str:
