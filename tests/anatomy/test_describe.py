@@ -24,9 +24,7 @@ def test_parameters_add_up(name):
     model = host(name)
     inside = sum(row.parameters for row in anatomy_table(model) if row.layer)
     assert inside == sum(
-        p.numel()
-        for n, p in model.named_parameters()
-        if any(f".{k}." in n for k in ("layers", "h")) and "layer_scale" not in n
+        p.numel() for n, p in model.named_parameters() if any(f".{k}." in n for k in ("layers", "h"))
     )
 
 

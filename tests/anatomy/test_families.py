@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import re
 from collections import defaultdict
 
 import pytest
@@ -19,16 +20,17 @@ from graftwork.reference.site import Access, Kind, Side
 from graftwork.reference.workspaces import WORKSPACES
 from graftwork.testing import tiny, tiny_batch
 
-# Parameters that are no site: vectors and tables which modules hold beside their layers.
+# Bare parameters: each is a workspace of its own.
 LOOSE = {
     "vit": {"cls_token", "position_embeddings"},
-    "dinov2": {"cls_token", "mask_token", "position_embeddings", "lambda1"},
+    "dinov2": {"cls_token", "position_embeddings", "lambda1"},
     "swin": {"relative_position_bias_table"},
     "clip": {"logit_scale", "class_embedding"},
     "mamba": {"A_log", "D"},
     "mamba2": {"A_log", "D", "dt_bias"},
     "convnext": {"layer_scale_parameter"},
 }
+UNUSED = {"dinov2": {"mask_token"}}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,8 @@ def test_keys_are_unique_and_workspaces_are_words_of_the_vocabulary(name):
     sites = all_sites(host(name))
     keys = [site.key for site in sites]
     assert len(set(keys)) == len(keys)
-    assert {site.workspace for site in sites} <= set(WORKSPACES)
+    known = {re.sub(r"^parameter\..*", "parameter.NAME", site.workspace) for site in sites}
+    assert known <= set(WORKSPACES)
 
 
 def test_every_path_of_every_table_exists_somewhere():
@@ -92,7 +95,7 @@ def _paths(anatomy):
 def _hits(owner, entry):
     where, path, layers = entry
     if not where:
-        return bool(expand(owner.base, path))
+        return bool(expand(owner.base, path)) or path in dict(owner.base.named_parameters())
     return any(expand(layer, path) for pattern in layers for _, layer in expand(owner.base, pattern))
 
 
@@ -105,7 +108,19 @@ def test_every_parameter_is_at_a_site(name):
         for parameter in (site.parameter, "bias"):
             stored.pop(id(getattr(module, parameter, None)), None)
     left = {name.rpartition(".")[2] for name in stored.values()}
-    assert left == LOOSE.get(name, set())
+    assert left == UNUSED.get(name, set())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bare_parameters_are_workspaces_in_their_layer(name):
+    model = host(name)
+    found = [site for site in all_sites(model) if site.kind is Kind.TENSOR]
+    assert {site.workspace for site in found} == {f"parameter.{loose}" for loose in LOOSE.get(name, ())}
+    for site in found:
+        stored = getattr(model.get_submodule(site.module), site.parameter)
+        assert site.shape == stored.shape
+        inside = ".layers." in site.module or ".layer." in site.module
+        assert (site.layer is not None) is inside
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -119,7 +134,7 @@ def test_no_parameter_is_at_two_sites_of_a_pattern(name):
 def test_widths_are_those_of_the_activations(name, traces):
     model, seen = host(name), traced(traces, name)
     for site in all_sites(model):
-        if site.kind is Kind.PARAMETER or site.module not in seen:
+        if site.kind in (Kind.PARAMETER, Kind.TENSOR) or site.module not in seen:
             continue
         for read, answer in zip(*seen[site.module], strict=True):
             total = site.fused_width or site.channels_out
@@ -154,7 +169,7 @@ def test_matrices_have_the_shape_of_the_weight(name):
 def test_access_is_how_the_host_uses_the_module(name, traces):
     seen = traced(traces, name)
     for site in select_sites(host(name), ("*",)):
-        if site.kind is not Kind.PARAMETER:
+        if site.kind not in (Kind.PARAMETER, Kind.TENSOR):
             assert (site.module in seen) == (site.access is not Access.READ), site.key
 
 

@@ -41,12 +41,14 @@ class Place:
         path: module path (`self_attn.q_proj`), `*` for any one segment, "" for the layer or base itself.
         part: the channels this workspace owns of a fused projection.
         parameter: a bare parameter instead of a module's weight (fused experts, router).
+        bare: that parameter is taken as it is, not as a matrix.
         access: whether the host calls the module, reads its weight, or either.
     """
 
     path: str
     part: Part | None = None
     parameter: str | None = None
+    bare: bool = False
     access: Access = Access.CALLED
 
 

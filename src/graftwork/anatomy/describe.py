@@ -12,10 +12,10 @@ from torch import nn
 
 from graftwork.anatomy.anatomy import Anatomy
 from graftwork.anatomy.resolve import anatomy_of
-from graftwork.anatomy.sites import block_sites, sites_at
+from graftwork.anatomy.sites import BARE, block_sites, sites_at
 from graftwork.anatomy.survey import survey
 from graftwork.reference.properties import Port
-from graftwork.reference.site import Kind, Side, Site
+from graftwork.reference.site import Side, Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def _row(site: Site, layer: str) -> Row:
         shape=site.shape if site.weighted else (site.width,),
         parameters=0,
         kind=_kind(site),
-        called=not site.read_only and site.kind is not Kind.PARAMETER,
+        called=not site.read_only and site.kind not in BARE,
     )
 
 

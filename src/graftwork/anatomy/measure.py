@@ -71,6 +71,14 @@ def measure_parameter(module: nn.Module, name: str) -> Measure | None:
     )  # fmt: skip
 
 
+def measure_tensor(stored: Tensor) -> Measure:
+    """The measure of a bare parameter of any shape."""
+    return Measure(
+        kind=Kind.TENSOR, width_in=0, width_out=0, channels_in=0, channels_out=0,
+        batch=tuple(stored.shape), dtype=stored.dtype, device=stored.device,
+    )  # fmt: skip
+
+
 def tensor(module: nn.Module, name: str) -> Tensor | None:
     """A parameter or buffer as stored; one that is computed (parametrised) is computed."""
     for store in (module._parameters, module._buffers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from graftwork.anatomy.anatomy import Anatomy, Stack
+from graftwork.anatomy.bare import with_bare
 from graftwork.anatomy.discovery import discover
 from graftwork.anatomy.layers import Layers
 from graftwork.anatomy.owners import head_places, known_anatomy, merged, owners, stranger
@@ -90,7 +91,9 @@ def _surveyed(model: nn.Module) -> tuple[Anatomy, Survey]:
     rest = discover(model, taken | _modules(second), others=bool(known.stacks))
     third = survey(model, rest)
     places = (*first.places, *second.places, *third.places)
-    return merged([known, heads, rest]), Survey(runs=(*first.runs, *third.runs), places=places)
+    whole, met = merged([known, heads, rest]), Survey(runs=(*first.runs, *third.runs), places=places)
+    everything = with_bare(model, whole, met)
+    return everything, met if everything == whole else survey(model, everything)
 
 
 def _modules(found: Survey) -> set[int]:

@@ -20,6 +20,7 @@ BLOCKS = {
     "cross_attention": (("cross_attention.query", "cross_attention.qkv"), "cross_attention.output"),
     "feedforward": (("feedforward.gate", "feedforward.up", "feedforward.gate_up"), "feedforward.down"),
 }
+BARE = (Kind.PARAMETER, Kind.TENSOR)
 _LAYER_ENDS = ("attention.output", "feedforward.down", "ssm.out", "conv", "linear", "norm")
 _LAYER_STARTS = ("attention.query", "attention.qkv", "feedforward.up", "ssm.in", "conv", "linear", "norm")
 
@@ -70,7 +71,7 @@ def _plain(run: Run, port: Port) -> Iterator[Site]:
 
 def _at(spot: Spot, port: Port) -> bool:
     """A bare parameter is read inside its owner's forward and has no activations of its own."""
-    return port is Port.WEIGHT or (spot.measure is not None and spot.measure.kind is not Kind.PARAMETER)
+    return port is Port.WEIGHT or (spot.measure is not None and spot.measure.kind not in BARE)
 
 
 def _site(spot: Spot, where: _Where) -> Site:

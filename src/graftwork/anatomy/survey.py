@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from graftwork.anatomy.anatomy import Anatomy, Layout, Part, Place, Stack, places_of
-from graftwork.anatomy.measure import Measure, measure, measure_parameter, tensor
+from graftwork.anatomy.measure import Measure, measure, measure_parameter, measure_tensor, tensor
 from graftwork.anatomy.walk import expand, join
 
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads")
@@ -109,10 +109,19 @@ def _spots(root: nn.Module, path: str, places: object, attention: str | None) ->
 
 def _whole(root: nn.Module, path: str, workspace: str, place: Place) -> Iterator[Spot]:
     for inner, module in expand(root, place.path):
-        found = measure_parameter(module, place.parameter) if place.parameter else measure(module)
+        found = _measured(module, place)
         if found is None and (place.parameter or "." in workspace or _weightless(module)):
             continue
         yield Spot(workspace=workspace, path=join(path, inner), module=module, place=place, measure=found)
+
+
+def _measured(module: nn.Module, place: Place) -> Measure | None:
+    if place.parameter is None:
+        return measure(module)
+    if not place.bare:
+        return measure_parameter(module, place.parameter)
+    stored = module._parameters.get(place.parameter)
+    return None if stored is None else measure_tensor(stored)
 
 
 def _part(
@@ -121,7 +130,7 @@ def _part(
     assert place.part is not None
     output = next((s.measure for s in wholes if s.workspace == f"{workspace.partition('.')[0]}.output"), None)
     for inner, module in expand(root, place.path):
-        found = measure_parameter(module, place.parameter) if place.parameter else measure(module)
+        found = _measured(module, place)
         if found is None:
             continue
         heads = (

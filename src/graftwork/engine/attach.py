@@ -224,7 +224,7 @@ def _with_host(model: nn.Module, site: Site, before: Originals | None = None) ->
     """The site with access to the host's weight and bias, now and before, for techniques that start from them."""
     offloaded.refuse_whole(model, site.module)
     site = replace(site, device=offloaded.device_of(model, site.module, site.device))
-    if site.kind not in (Kind.LINEAR, Kind.CONVOLUTION, Kind.EMBEDDING, Kind.NORM, Kind.PARAMETER):
+    if site.kind in (Kind.BLOCK, Kind.ATTENTION, Kind.STACK):
         return replace(site, matrix=placing.embedding_matrix(model, site))
     original = None if before is None else before.reader(site)
     return replace(

@@ -66,7 +66,7 @@ def folded(module: nn.Module, path: str, grafts: list[Graft]) -> dict[str, Tenso
         )
         for name, start in starts.items()
     }
-    if module._parameters.get("bias") is None:
+    if "bias" in starts or module._parameters.get("bias") is None:
         changed = None
     else:
         starts["bias"] = computed(parameter_of(module, "bias"))

@@ -71,7 +71,8 @@ def _disarrange_weight(model: nn.Module, state: State, seat: Seat, host: nn.Modu
 
 
 def _count_reads(seat: Seat, site: Site, change: int) -> None:
-    for owner in seat.owners:
+    owners = (seat,) if site.kind is Kind.TENSOR else seat.owners  # children may run beside what is read here
+    for owner in owners:
         owner.readers += change if site.access is Access.READ else 0
         owner.occasional += change if site.access is Access.EITHER else 0
 
@@ -145,7 +146,7 @@ def _entry(place: Placed) -> str | None:
 def _owner_paths(model: nn.Module, site: Site) -> tuple[str, ...]:
     """Modules whose forward may read the site's parameters: its parent, and one more level where the parent
     itself is passed over (torch's encoder layer reads its attention's weights on the fast path)."""
-    if site.kind is Kind.PARAMETER or not site.module:
+    if site.kind in (Kind.PARAMETER, Kind.TENSOR) or not site.module:
         return ()
     parent = site.module.rpartition(".")[0]
     if not parent or not isinstance(model.get_submodule(parent), nn.MultiheadAttention):

@@ -5,7 +5,7 @@ B samples, T tokens, C channels
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -103,7 +103,12 @@ def by_adapter(
     """
     route = seat.state.route
     assert route is not None
-    first = signal(args, kwargs)
+    first = signal(args, kwargs) if args or kwargs else None
+    if not isinstance(first, Tensor):
+        raise RouteError(
+            f"{seat.path} reads a weight and answers once for all rows, so it cannot be split by adapter; choose other "
+            "workspaces"
+        )
     if isinstance(route, Blend):
         raise RouteError(
             f"{seat.path} reads a weight that it does not call, where answers cannot be blended; route by an index, "
@@ -174,6 +179,11 @@ def _join(outs: list[tuple[Tensor, Any]], lead: torch.Size) -> Any:
     first = outs[0][1]
     if isinstance(first, tuple):
         return tuple(_join([(rows, out[i]) for rows, out in outs], lead) for i in range(len(first)))
+    if isinstance(first, Mapping):
+        raise RouteError(
+            f"an answer of named parts ({', '.join(first)}) cannot be split by adapter; choose workspaces below the "
+            "module that gives it"
+        )
     if not isinstance(first, Tensor):
         return first
     order = torch.cat([rows for rows, _ in outs])

@@ -246,19 +246,17 @@ def values(
     operation = operation_of(type(module))
     out: dict[str, Tensor] = {}
     for name in names:
-        here = [
-            g
-            for g in grafts
-            if (name == "bias" and changes_bias(g)) or (name == g.site.parameter and changes_weight(g))
-        ]
+        own = [g for g in grafts if name == g.site.parameter and changes_weight(g)]
+        beside = name == "bias" and not own  # the bias of a weight, and no bare parameter of that name
+        here = [g for g in grafts if changes_bias(g)] if beside else own
         if not here:
             continue
         stored = stored_parameter(module, name)
         if stored is None:
             continue
-        start = stored if name == "bias" else operation.matrix(module, stored)
-        end = fold(start, here, bias=name == "bias")
-        out[name] = end.to(stored.dtype) if name == "bias" else operation.native(end, stored)
+        start = stored if beside else operation.matrix(module, stored)
+        end = fold(start, here, bias=beside)
+        out[name] = end.to(stored.dtype) if beside else operation.native(end, stored)
     return out
 
 

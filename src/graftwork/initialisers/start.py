@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graftwork.errors import BadOption
 from graftwork.initialisers import matrices
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Site
 from graftwork.reference.statistic import Statistic
 
 Pair = tuple[Tensor, Tensor]
@@ -58,7 +58,7 @@ def register_taken(module: nn.Module, taken: Pair | None) -> None:
 
 def weight_of(site: Site, rank: int, init: str) -> Tensor:
     """The site's weight (..., O, I) in fp32 or better, checked: rank within it, finite."""
-    if site.matrix is None or site.kind is Kind.NORM:
+    if site.matrix is None or not site.has_matrix:
         raise BadOption(f"init={init!r} reads the weight of {site.key}, which has none")
     check_rank(site, rank, init, min(site.width_out, site.width_in))
     return matrices.finite(site.matrix(), f"{site.key}: its weight")

@@ -19,7 +19,8 @@ class Kind(StrEnum):
     CONVOLUTION = "convolution"
     EMBEDDING = "embedding"
     NORM = "norm"
-    PARAMETER = "parameter"  # a bare parameter such as fused expert weights: read, never called
+    PARAMETER = "parameter"  # a bare matrix such as fused expert weights: read, never called
+    TENSOR = "tensor"  # any other bare parameter: a class token, positions, constants of a state space
     BLOCK = "block"  # a module without a weight of its own (layer)
     ATTENTION = "attention"  # an attention module: extra keys and values
     STACK = "stack"  # a stack of layers: extra positions
@@ -64,7 +65,7 @@ class Site:
             in_channels / groups x kernel).
         channels_in, channels_out: channels of the activations read and changed at this site.
         kernel: kernel shape of a convolution, () otherwise.
-        batch: leading dimensions of the matrix (experts), () otherwise.
+        batch: leading dimensions of the matrix (experts); the whole shape of a TENSOR; () otherwise.
         has_bias: whether the host module has a bias.
         causal: the stack looks back only, so a module that looks across positions must not look ahead.
         key_width, value_width: width of keys and values (all heads), for the attention port.
@@ -125,7 +126,10 @@ class Site:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the host weight as the weight port gives it: (width,) for a norm, else (..., out, in)."""
+        """Shape of the host weight as the weight port gives it: (width,) for a norm, that of a bare tensor as it
+        is, else (..., out, in)."""
+        if self.kind is Kind.TENSOR:
+            return self.batch
         return (self.width_out,) if self.kind is Kind.NORM else (*self.batch, self.width_out, self.width_in)
 
     @property
@@ -134,10 +138,15 @@ class Site:
         return self.kind in _WEIGHTED and self.side is Side.OUTPUT and self.entry is None
 
     @property
+    def has_matrix(self) -> bool:
+        """Whether that parameter has rows and columns: it multiplies a signal, or is a table."""
+        return self.weighted and self.kind in (*_MATRICES, Kind.EMBEDDING)
+
+    @property
     def multiplies(self) -> bool:
         """Whether that parameter is a matrix which a signal is multiplied by: no table, no gains of a norm."""
         return self.weighted and self.kind in _MATRICES
 
 
 _MATRICES = (Kind.LINEAR, Kind.CONVOLUTION, Kind.PARAMETER)
-_WEIGHTED = (*_MATRICES, Kind.EMBEDDING, Kind.NORM)
+_WEIGHTED = (*_MATRICES, Kind.EMBEDDING, Kind.NORM, Kind.TENSOR)

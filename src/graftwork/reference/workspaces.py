@@ -51,6 +51,7 @@ WORKSPACES: dict[str, str] = {
     "lm_head": "projection to the vocabulary",
     "lm_head.transform": "layers between the base and the projection to the vocabulary",
     "linear": "a linear layer whose role is not known (discovered)",
+    "parameter.NAME": "a bare parameter of that name: a class token, positions, Mamba's `A_log` and `D`",
 }
 
 PRESETS: dict[str, tuple[str, ...]] = {

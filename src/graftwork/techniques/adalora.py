@@ -25,7 +25,7 @@ from graftwork.reference.arithmetic import Arithmetic
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import InterConnectivity
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Site
 from graftwork.reference.technique import Above, AtLeast, Because, Between, Technique, from_options
 from graftwork.techniques.lora import LoRA
 
@@ -78,7 +78,7 @@ class AdaLoRA(Initialised):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def fits(self, site: Site) -> bool:
-        return site.weighted and site.kind is not Kind.NORM
+        return site.has_matrix
 
     def build(self, site: Site) -> nn.Module:
         return Triplets(site, self)

@@ -1,7 +1,8 @@
 """Fine-tuning: train the host's own weights, all or some, as an adapter like any other.
 
-Each chosen weight W and bias b is replaced by a trained copy that starts equal, so attaching changes no
-output; the host keeps its own. On top of other adapters, what the copy differs from the host is added.
+Each chosen weight W, bias b and bare parameter (a class token, Mamba's `A_log`) is replaced by a trained copy that
+starts equal, so attaching changes no output; the host keeps its own. On top of other adapters, what the copy differs
+from the host is added.
 `workspaces` and `layers` make it partial fine-tuning. The copies are fp32 beside a host of lower precision.
 """
 

@@ -25,7 +25,7 @@ from graftwork.reference.arithmetic import Arithmetic, Role
 from graftwork.reference.card import Card
 from graftwork.reference.catalogue import register
 from graftwork.reference.properties import Adaptation, Input, Insertion, Integration, IntraConnectivity
-from graftwork.reference.site import Kind, Site
+from graftwork.reference.site import Site
 from graftwork.reference.technique import Above, Between
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora", "kasa", "eva", "lora-ga", "loftq", "given"]
@@ -83,7 +83,7 @@ class LoRA(Ranked):
         return alpha / (math.sqrt(self.rank) if self.stabilised else self.rank)
 
     def fits(self, site: Site) -> bool:
-        return site.weighted and site.kind is not Kind.NORM
+        return site.has_matrix
 
     def build(self, site: Site) -> nn.Module:
         return LowRank(site, self)

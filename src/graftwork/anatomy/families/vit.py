@@ -54,6 +54,7 @@ DINOV2 = Anatomy(
             sequence_start=1,
         ),
     ),
+    unused=("embeddings.mask_token",),  # read when patches are masked, in pretraining
 )
 
 SWIN = Anatomy(
