@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+)
 
 from graftwork.errors import BadOption, NothingMatches
 from graftwork.models.captioner import Captioner, captioner
@@ -56,9 +63,29 @@ def test_the_image_tokens_row_is_the_mean_of_the_others(folders: tuple[str, str]
     torch.testing.assert_close(table[-1], table[:-1].mean(0))
 
 
+def test_a_vision_model_that_knows_no_classes(folders: tuple[str, str], tmp_path: Path) -> None:
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+    )
+    tower = CLIPVisionModel(config)
+    tower.save_pretrained(tmp_path)
+    AutoImageProcessor.from_pretrained(folders[0], backend="pil").save_pretrained(tmp_path)
+    model, both = load_pair(str(tmp_path), folders[1])
+    assert both.rows == 16 + 2
+    kept = tower.state_dict()
+    assert all(
+        torch.equal(tensor, kept[name]) for name, tensor in model.model.vision_tower.state_dict().items()
+    )
+
+
 def test_bases_that_do_not_go_together(folders: tuple[str, str], tmp_path: Path) -> None:
     vision, text = folders
-    with pytest.raises(NothingMatches, match="head for image-classification"):
+    with pytest.raises(BadOption, match="no vision transformer"):
         load_pair(text, text)
     with pytest.raises(NothingMatches, match="head for causal-lm"):
         load_pair(vision, vision)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from graftwork.errors import BadOption
+from graftwork.errors import BadOption, NothingMatches
 from graftwork.models.base import fresh_parameters, load_base
 from graftwork.models.captioner import Captioner, captioner
 from graftwork.models.readers import ImageText
@@ -25,17 +27,26 @@ def load_pair(
 
     Raises what `load_base` raises, and BadOption where the two do not go together or one lacks weights of its own.
     """
-    tower, images = load_base(vision, task=VISION_TASK, dtype=dtype, pretrain=pretrain)
+    tower, images = _vision(vision, dtype, pretrain)
     language, tokenizer = load_base(text, task=TEXT_TASK, dtype=dtype, pretrain=pretrain)
-    _refuse_random(vision, tower, prefix=f"{tower.base_model_prefix}.")
-    _refuse_random(text, language)
+    _refuse_random(vision, tower, tower.base_model)
+    _refuse_random(text, language, language)
     model = captioner(tower, language)
     return model, ImageText.of(model, tokenizer, images)
 
 
-def _refuse_random(name: str, model: nn.Module, prefix: str = "") -> None:
-    """BadOption where parameters below `prefix` are not in the base's files: they would be others at each loading."""
-    random = [parameter for parameter in fresh_parameters(model) if parameter.startswith(prefix)]
+def _vision(name: str, dtype: torch.dtype | None, pretrain: bool) -> tuple[Any, Any]:
+    """With a classifier, whose trunk has no pooler that the files lack; bare where the family has none (CLIP's)."""
+    try:
+        return load_base(name, task=VISION_TASK, dtype=dtype, pretrain=pretrain)
+    except NothingMatches:
+        return load_base(name, dtype=dtype, pretrain=pretrain)
+
+
+def _refuse_random(name: str, model: nn.Module, used: nn.Module) -> None:
+    """BadOption where parameters that are used are not in the base's files: they would be others at each loading."""
+    parameters, taken = dict(model.named_parameters()), {id(parameter) for parameter in used.parameters()}
+    random = [key for key in fresh_parameters(model) if key in parameters and id(parameters[key]) in taken]
     if random:
         raise BadOption(
             f"{name} lacks {', '.join(random[:3])}, which would start at random; take a base that has it"
