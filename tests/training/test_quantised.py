@@ -9,7 +9,7 @@ import torch
 from tiny_runs import recipe_values
 
 import graftwork as gw
-from graftwork.errors import BadOption, NotMergeable
+from graftwork.errors import BadOption, BadRecipe, NotMergeable
 from graftwork.models.base import load_base
 from graftwork.testing import tiny
 
@@ -68,3 +68,27 @@ def test_a_run_trains_and_scores_again(wide: Path, tmp_path: Path, kind: str) ->
     gw.load(host, tmp_path / "run")
     with pytest.raises(NotMergeable, match="stored quantised"):
         gw.merge(host)
+
+
+def test_a_start_from_what_quantisation_lost_needs_a_quantised_base(wide: Path, tmp_path: Path) -> None:
+    values = recipe_values(wide, tmp_path / "run", steps=2)
+    values["technique"] = {"name": "lora", "rank": 4, "init": "loftq"}
+    with pytest.raises(BadRecipe, match=r"set model\.quantised"):
+        gw.tune(gw.Recipe.of(values))
+
+
+@needs_it
+@pytest.mark.slow
+def test_a_run_starts_from_what_quantisation_lost(wide: Path, tmp_path: Path) -> None:
+    values = recipe_values(wide, tmp_path / "run", steps=2)
+    values["model"] = {"name": str(wide / "host"), "quantised": "nf4"}
+    values["technique"] = {"name": "lora", "rank": 4, "init": "loftq"}
+    values["training"]["learning_rate"] = 1e-12  # so what is saved is the start
+    gw.tune(gw.Recipe.of(values))
+    task = {"task": "text-classification", "labels": ["even", "odd"]}
+    full, _ = load_base(str(wide / "host"), **task)
+    host, _ = load_base(str(wide / "host"), **task, quantised="nf4")
+    wanted = gw.attach(host, gw.LoRA(rank=4, init="loftq"), originals=full, head=False)
+    found = gw.load(load_base(str(wide / "host"), **task, quantised="nf4")[0], tmp_path / "run")
+    for (name, one), (_, other) in zip(wanted.tensors().items(), found.tensors().items(), strict=False):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5, msg=name)

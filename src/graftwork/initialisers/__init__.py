@@ -25,6 +25,6 @@ INITIALISERS: Mapping[str, Initialiser] = {
     "kasa": Initialiser(kasa, stored="given", identity=False),
     "eva": Initialiser(eva, stored="kaiming", gathers=input_directions, shares=shared_out),
     "lora-ga": Initialiser(lora_ga, stored="given", gathers=weight_gradient),
-    "loftq": Initialiser(loftq, stored="kaiming", identity=False),
+    "loftq": Initialiser(loftq, stored="kaiming", identity=False, corrects=True),
     "given": Initialiser(given, stored="given"),
 }

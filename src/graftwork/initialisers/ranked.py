@@ -24,6 +24,10 @@ class Initialised(Technique):
     def needs_data(self) -> bool:
         return INITIALISERS[self.init].gathers is not None
 
+    @property
+    def needs_originals(self) -> bool:
+        return INITIALISERS[self.init].corrects
+
     def gathers(self, site: Site) -> Statistic | None:
         gathers = INITIALISERS[self.init].gathers
         return None if gathers is None else gathers(site, self.rank)

@@ -39,6 +39,7 @@ class Initialiser:
         identity: the first output is the base's.
         gathers: what it reads of calibration data at a site, for a rank.
         shares: how it shares out ranks over sites: site key -> rank, a given rank on average.
+        corrects: it starts from what quantisation lost, so it reads the weight from before.
     """
 
     start: Callable[[Site, int, float], Start]
@@ -46,6 +47,7 @@ class Initialiser:
     identity: bool = True
     gathers: Callable[[Site, int], Statistic] | None = None
     shares: Callable[[Sequence[Site], int], Mapping[str, int]] | None = None
+    corrects: bool = False
 
 
 def register_taken(module: nn.Module, taken: Pair | None) -> None:

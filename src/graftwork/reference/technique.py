@@ -152,6 +152,11 @@ class Technique:
         """Whether modules start from statistics of calibration data."""
         return False
 
+    @property
+    def needs_originals(self) -> bool:
+        """Whether modules start from the weights as they were before quantisation; `build` finds `site.original`."""
+        return False
+
     def gathers(self, site: Site) -> Statistic | None:
         """What calibration gathers at a site; `build` finds it filled at `site.statistic`."""
         return None

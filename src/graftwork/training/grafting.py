@@ -17,7 +17,7 @@ from graftwork.routing import ByToken
 from graftwork.training.calibration import calibration
 from graftwork.training.fresh import new_parts, with_fresh
 from graftwork.training.joined import connector_of
-from graftwork.training.materials import Materials
+from graftwork.training.materials import Materials, originals
 from graftwork.training.recipe import NAME, Recipe
 from graftwork.training.result import spelled
 from graftwork.training.tokens import check_seen, check_served, router
@@ -96,7 +96,8 @@ def _router(recipe: Recipe, materials: Materials) -> ByToken | None:
 
 def _attached(recipe: Recipe, materials: Materials, name: str, techniques: Sequence[Technique]) -> Adapter:
     batches = calibration(materials, techniques, recipe.training)
-    return attach(materials.model, techniques, name=name, calibration=batches)
+    before = originals(recipe.model, materials.task, techniques)
+    return attach(materials.model, techniques, name=name, calibration=batches, originals=before)
 
 
 def _refuse_new_parts(materials: Materials) -> None:

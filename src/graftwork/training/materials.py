@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from graftwork.data.tables import Layout
 from graftwork.errors import BadRecipe
 from graftwork.models.base import load_base
 from graftwork.models.pair import load_pair
+from graftwork.reference.technique import Technique
 from graftwork.tasks.base import Encoded, Task
 from graftwork.tasks.registry import make_task
 from graftwork.training.recipe import Data, Model, Recipe
@@ -71,6 +73,19 @@ def read(data: Data, seed: int) -> Splits:
     few = data.evaluation_limit
     validation, test = (part and draw(part, few, seed) for part in (found.validation, found.test))
     return Splits(draw(found.train, data.limit, seed), validation, test)
+
+
+def originals(model: Model, task: Task, techniques: Sequence[Technique]) -> nn.Module | None:
+    """The base in full precision, where a technique starts from what its quantisation lost."""
+    asking = [technique.name for technique in techniques if technique.needs_originals]
+    if not asking:
+        return None
+    if model.quantised is None:
+        raise BadRecipe(
+            f"technique: {asking[0]} is to start from what quantisation lost, and the base is not quantised; set "
+            "model.quantised, or take another init"
+        )
+    return base(model.model_copy(update={"quantised": None}), task)[0]
 
 
 def base(model: Model, task: Task) -> tuple[nn.Module, Any]:
