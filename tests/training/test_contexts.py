@@ -349,6 +349,20 @@ def test_one_adapter_on_a_model_of_two(pair: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_contexts_on_a_captioners_own_folder_leave_its_connector(pair: Path, tmp_path: Path) -> None:
+    model, both = load_pair(str(pair / "vision"), str(pair / "text"))
+    model.save_pretrained(tmp_path / "host")
+    both.save_pretrained(tmp_path / "host")
+    result = tune(Recipe.of({**values(pair, tmp_path / "run"), "model": str(tmp_path / "host")}))
+    assert not (tmp_path / "run" / "connector.safetensors").exists()
+    assert evaluate(tmp_path / "run") == pytest.approx(result.scores["validation"], abs=1e-6)
+    found, _ = open_subject(tmp_path / "run").load()
+    for name, tensor in found.connector.state_dict().items():
+        assert torch.equal(tensor, model.connector.state_dict()[name])
+    assert result.trainable == sum(adapter.count() for adapter in gw.adapters(found).values())
+
+
+@pytest.mark.slow
 def test_contexts_are_not_merged(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(StateError, match=r"several contexts \(image, text\)"):
         merge(str(finished), tmp_path / "merged")

@@ -62,6 +62,7 @@ class Captioner(LlavaForConditionalGeneration):
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__(config)
         self.model.multi_modal_projector = _connector(config)
+        _drop_pooler(self.model.vision_tower)
         self.loss_type = "ForCausalLM"  # transformers would look for it in the class's name
 
     @property
@@ -77,9 +78,9 @@ AutoModelForImageTextToText.register(CaptionerConfig, Captioner)
 def captioner(vision: Any, language: Any, *, dropout: float = 0.0) -> Captioner:
     """Put a pretrained vision transformer and a pretrained decoder together, with a fresh connector between.
 
-    The two models' own modules are used, not copied. The decoder's vocabulary grows by one token, which stands where
-    image rows go: `config.image_token_id`. Its row is the mean of the others, so that two models are always put
-    together to the same one, but for the connector.
+    The two models' own modules are used, not copied; the encoder loses its pooler, which nothing would read. The
+    decoder's vocabulary grows by one token, which stands where image rows go: `config.image_token_id`. Its row is the
+    mean of the others, so that two models are always put together to the same one, but for the connector.
 
     Args:
         vision: a vision transformer with a class token, with or without a head.
@@ -103,12 +104,19 @@ def captioner(vision: Any, language: Any, *, dropout: float = 0.0) -> Captioner:
     )
     with torch.device("meta"):
         made = Captioner(config)
+    _drop_pooler(tower)
     made.model.vision_tower = tower
     made.model.language_model = language.base_model
     made.lm_head = language.get_output_embeddings()
     made.model.multi_modal_projector = _connector(config).to(language.device, language.dtype)
     made.generation_config = language.generation_config
     return made.train(language.training)
+
+
+def _drop_pooler(tower: Any) -> None:
+    """Rows of patches are read, and never what a pooler makes of them; many files lack one."""
+    if getattr(tower, "pooler", None) is not None:
+        tower.pooler = None
 
 
 @torch.no_grad()
