@@ -7,7 +7,7 @@ K adapters of one padded rank R, B rows of T tokens. Four ways, all equal to tha
 
 - even: rows in equal runs, adapter after adapter: one batched product per factor, nothing copied.
 - gathered: long rows, (K - 1) T >= 64: factors copied per row (R (I + O) elements), batched products.
-- grouped: short rows, no gradients, (K - 1) B >= 1024 bytes of an element: rows put into groups padded to the
+- grouped: short rows, no gradients, (K - 1) B elements are 400 bytes or more: rows put into groups padded to the
   largest, if that at most doubles them.
 - masked: anything else, and per token: all factors side by side and a mask over the K R inner coordinates,
   so K times the thin products.
@@ -27,7 +27,7 @@ from torch.nn import functional
 from graftwork.engine.lowrank import low_rank_linear
 from graftwork.errors import RouteError
 
-_COPY_PAYS, _GROUPING_PAYS = 64, 1024
+_COPY_PAYS, _GROUPING_PAYS = 64, 400
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,9 @@ def _gathered(
 def _grouped(x: Tensor, weight: Tensor | None, bias: Tensor | None, part: Stack, rows: Rows) -> Tensor:
     assert rows.pick is not None
     assert rows.slots is not None
-    groups = low_rank_linear(x.index_select(0, rows.pick), None, None, part.down, part.up.mT, 1.0)
-    delta = groups.index_select(0, rows.slots)
+    picked = x.index_select(0, rows.pick).to(part.down.dtype).view(len(part.down), -1, x.shape[-1])
+    wide = torch.bmm(torch.bmm(picked, part.down.mT), part.up).view(len(rows.pick), *x.shape[1:-1], -1)
+    delta = wide.index_select(0, rows.slots)
     adapted = rows.adapted(x.dim(), delta.dtype)
     delta = delta if adapted is None else delta.mul_(adapted)
     return delta if weight is None else functional.linear(x, weight, bias).add_(delta)
