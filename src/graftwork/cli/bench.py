@@ -16,8 +16,8 @@ def bench(
     parts: Annotated[
         list[str] | None,
         typer.Argument(
-            help="step, saved, weights, spectral, peak, mixed, many, inactive, merge, files, imports, quantised; "
-            "or all."
+            help="step, saved, weights, spectral, peak, mixed, crowd, shelf, many, inactive, merge, files, imports, "
+            "quantised; all by default."
         ),
     ] = None,
     model: Annotated[
