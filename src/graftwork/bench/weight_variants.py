@@ -9,7 +9,7 @@ from graftwork.bench import peer
 from graftwork.bench.hosts import Host
 from graftwork.bench.variants import LINEARS, Variant
 
-GATES = ("feedforward.gate", "feedforward.up")
+GATES = ("feedforward.gate?", "feedforward.up")
 QUERY_VALUE = ("attention.query", "attention.value")
 OUTPUTS = ("attention.output", "feedforward.down")
 

@@ -1,5 +1,4 @@
-"""BA-LoRA: LoRA on the top singular directions, trained with three terms on the model's outputs (Chang et al. 2024,
-arXiv:2408.04556).
+"""BA-LoRA: LoRA on top singular directions and three terms on the outputs (Chang et al. 2024, arXiv:2408.04556).
 
 The adapter is PiSSA's: B A starts as the top `rank` singular triplets of the weight, which are subtracted beside it, so
 the first output is the base's. What is new is the loss: consistency with the base, diversity of the outputs and

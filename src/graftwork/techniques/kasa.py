@@ -1,5 +1,4 @@
-"""KaSA: cut the smallest singular components out of the weight, learn an update shaped like an SVD (Wang et al. 2024,
-arXiv:2412.06071).
+"""KaSA: a weight without its smallest components and an update like an SVD (Wang et al. 2024, arXiv:2412.06071).
 
 W_world is W without its `rank` smallest singular components; W' = W_world + s B diag(d) A with s = alpha / rank, B
 zero, A Kaiming-uniform and d standard normal, one value for each inner coordinate. So the output at the start is that
