@@ -429,3 +429,17 @@ def test_embedding_keeps_the_ids_alone_and_answers_in_the_host_precision():
     y = low_rank_embedding(ids, down, up, 0.7, dtype=torch.bfloat16)
     assert y.dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(y.sum(), (down, up)))
+
+
+def test_a_few_rows_in_low_precision_are_rounded_once() -> None:
+    """Decoding: the thin products are computed in fp32, so a delta is its exact value rounded to bf16."""
+    torch.manual_seed(0)
+    x, down, up = torch.randn(4, 1, 64).bfloat16(), torch.randn(8, 64), torch.randn(32, 8)
+    weight = torch.zeros(32, 64, dtype=torch.bfloat16)
+    exact = 0.5 * x.double() @ down.double().mT @ up.double().mT
+    with torch.no_grad():
+        found = low_rank_linear(x, weight, None, down, up, 0.5)
+        alone = low_rank_linear(x, None, None, down, up, 0.5)
+    assert found.dtype is alone.dtype is torch.bfloat16
+    assert torch.equal(found, exact.bfloat16())
+    assert torch.equal(alone, exact.bfloat16())

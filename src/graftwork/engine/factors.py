@@ -74,7 +74,7 @@ def stack_of_route(
 ) -> tuple[Stack, float] | None:
     """The factors of all adapters of the route, one padded pair each, and their common dropout; None without one.
 
-    Without gradients the stack is kept, in the precision of the signal, while no tensor of it changes.
+    Without gradients the stack is kept, in that precision, while no tensor of it changes.
     """
     route = seat.state.route
     assert route is not None

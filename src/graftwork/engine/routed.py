@@ -177,7 +177,7 @@ def _grouped(x: Tensor, weight: Tensor | None, bias: Tensor | None, part: Stack,
     delta = wide.index_select(0, rows.slots)
     adapted = rows.adapted(x.dim(), delta.dtype)
     delta = delta if adapted is None else delta.mul_(adapted)
-    return delta if weight is None else functional.linear(x, weight, bias).add_(delta)
+    return delta.to(x.dtype) if weight is None else functional.linear(x, weight, bias).add_(delta)
 
 
 def _padded(factor: Tensor, rank: int) -> Tensor:

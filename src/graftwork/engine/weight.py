@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from graftwork.engine import channels, factors, split
 from graftwork.engine.below import Below
 from graftwork.engine.factors import Factors
-from graftwork.engine.lowrank import compute_dtype
+from graftwork.engine.lowrank import compute_dtype, thin_dtype
 from graftwork.engine.modules import DeltaModule, LowRankModule, WeightModule
 from graftwork.engine.operations import Operation, operation_of
 from graftwork.engine.routed import low_rank_routed
@@ -194,7 +194,7 @@ def _routed(
     rows = route.layout(x.shape[0], operation.tokens(x))
     if rows is None or rows.index.shape != x.shape[: rows.index.dim()]:
         return None
-    dtype, kept = compute_dtype(x), seat.kept_stack
+    dtype, kept = thin_dtype(x, compute_dtype(x)), seat.kept_stack
     bias = module._parameters.get("bias")
     records = torch.is_grad_enabled() or torch.compiler.is_compiling()
     if not records and kept is not None and kept.stands(seat, route.names, dtype, module.training):
