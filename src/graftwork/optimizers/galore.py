@@ -25,6 +25,7 @@ class GaLore(LowRankAdamW):
         refresh_interval: T, steps from one renewal of the basis to the next.
         scale: of the projected step; the paper's runs use 0.25.
         svd: "exact", or "randomized" for large matrices.
+        state_bits: 32, or 8: bitsandbytes keeps the moments of projected matrices in a quarter of the bytes.
 
     Raises:
         BadOption: an option out of range, a rank above the shorter side of a matrix, no group with a rank.
@@ -42,6 +43,7 @@ class GaLore(LowRankAdamW):
         refresh_interval: int = 200,
         scale: float = 0.25,
         svd: Svd = "exact",
+        state_bits: int = 32,
     ) -> None:
         super().__init__(
             params,
@@ -53,5 +55,6 @@ class GaLore(LowRankAdamW):
                 "refresh_interval": refresh_interval,
                 "scale": scale,
                 "svd": svd,
+                "state_bits": state_bits,
             },
         )

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from graftwork.errors import BadOption, StateError
+from graftwork.optimizers import moments
 from graftwork.optimizers.options import check_group
 from graftwork.optimizers.projection import leading_basis, project, project_back
 
@@ -23,8 +24,9 @@ class LowRankAdamW(Optimizer):
     """Groups with a `rank` are projected, groups without one follow `torch.optim.AdamW`.
 
     State of a projected parameter, in fp32 (fp64 for an fp64 parameter): `step`, `projector` (min(n, m), rank),
-    `exp_avg` and `exp_avg_sq` of the projected shape. Parameters of more than two dimensions count as
-    (first, product of the others). Subclasses change what Adam is fed by `_condition`.
+    `exp_avg` and `exp_avg_sq` of the projected shape, or their 8-bit codes and a scale for each block. Parameters of
+    more than two dimensions count as (first, product of the others). Subclasses change what Adam is fed by
+    `_condition`.
     """
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
@@ -111,6 +113,7 @@ class LowRankAdamW(Optimizer):
         renewed = step % group["refresh_interval"] == 0
         if step:
             unchanged("rank", state["projector"].shape[1], group)
+            unchanged("state_bits", moments.bits_of(state), group)
         if renewed:
             state["projector"] = leading_basis(gradient, group["rank"], group["svd"], seed=step)
         low = self._condition(project(gradient, state["projector"]), state, group, renewed)
@@ -136,11 +139,10 @@ def unchanged(option: str, started: int, group: Group) -> None:
 def _adam_step(low: Tensor, state: State, group: Group) -> Tensor:
     """lr * sqrt(1 - b2^t) / (1 - b1^t) * M / (sqrt(v) + eps): Adam as in its paper's section 2, eps uncorrected."""
     beta1, beta2 = group["betas"]
-    if "exp_avg" not in state:
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(low), torch.zeros_like(low)
-    mean, square, steps = state["exp_avg"], state["exp_avg_sq"], state["step"]
+    (mean, square), steps = moments.read(state, low), state["step"]
     mean.mul_(beta1).add_(low, alpha=1 - beta1)
     square.mul_(beta2).addcmul_(low, low, value=1 - beta2)
+    moments.write(state, mean, square, group["state_bits"])
     rate = float(group["lr"]) * (1 - beta2**steps) ** 0.5 / (1 - beta1**steps)
     return mean / square.sqrt().add_(group["eps"]) * rate
 

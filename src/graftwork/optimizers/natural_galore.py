@@ -21,7 +21,7 @@ class NaturalGaLore(LowRankAdamW):
     top of GaLore's, which is often more than full AdamW's 2nm.
 
     Args:
-        params, lr, betas, eps, weight_decay, refresh_interval, scale, svd: as for `GaLore`.
+        params, lr, betas, eps, weight_decay, refresh_interval, scale, svd, state_bits: as for `GaLore`.
         damping: lambda; towards infinity the direction becomes GaLore's, towards 0 what recent gradients
             explain is removed from the current one.
         history: s; 0 leaves the natural step out, which is GaLore bit by bit.
@@ -43,6 +43,7 @@ class NaturalGaLore(LowRankAdamW):
         refresh_interval: int = 200,
         scale: float = 0.25,
         svd: Svd = "exact",
+        state_bits: int = 32,
         damping: float = 1e-3,
         history: int = 20,
         clear_history: bool = False,
@@ -57,6 +58,7 @@ class NaturalGaLore(LowRankAdamW):
                 "refresh_interval": refresh_interval,
                 "scale": scale,
                 "svd": svd,
+                "state_bits": state_bits,
                 "damping": damping,
                 "history": history,
                 "clear_history": clear_history,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from graftwork.errors import BadOption, StateError, nearest
+from graftwork.optimizers.moments import check_bits
 from graftwork.optimizers.projection import SVDS
 
 BESIDE = ("params", "rank", "param_names", "name", "initial_lr")  # keys of a group that are no option
@@ -37,6 +38,7 @@ def _check_low_rank(group: Mapping[str, Any]) -> None:
     _above(group, "scale", 0)
     if group["svd"] not in SVDS:
         raise BadOption(f"svd={group['svd']!r} is unknown. {nearest(str(group['svd']), SVDS)}")
+    check_bits(group["state_bits"])
     if "damping" in group:
         _above(group, "damping", 0)
         _whole(group, "history", 0)
