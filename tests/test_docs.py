@@ -56,6 +56,7 @@ def test_links_lead_somewhere(place: Path) -> None:
 @pytest.mark.parametrize("place", RUNNABLE, ids=title)
 def test_examples_run(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    catalogue.techniques()  # all are imported before examples may add their own
     monkeypatch.setattr(catalogue, "_registered", dict(catalogue._registered))
     torch.manual_seed(0)
     run(place)
