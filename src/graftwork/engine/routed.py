@@ -152,7 +152,7 @@ def low_rank_routed(
     if index.dim() == 1:
         if others * x.numel() >= _COPY_PAYS * size[0] * size[-1]:
             return _gathered(x, weight, bias, part, rows, dropout)
-        grouping_pays = others * size[0] * x.element_size() >= _GROUPING_PAYS
+        grouping_pays = others * size[0] * part.down.element_size() >= _GROUPING_PAYS
         if eager and grouping_pays and rows.pick is not None and not torch.is_grad_enabled():
             return _grouped(x, weight, bias, part, rows)
     mask = rows.mask(part.down.shape[1], x.dim(), x.dtype)
