@@ -30,7 +30,7 @@ from graftwork.errors import NotComposable, NotMergeable, RouteError
 from graftwork.reference.properties import Port
 from graftwork.reference.site import Access, Kind
 from graftwork.reference.technique import Technique
-from graftwork.testing import grafted, tiny, tiny_batch
+from graftwork.testing import companions, grafted, tiny, tiny_batch
 
 Law = Callable[[str, Technique], None]
 ROWS = 3
@@ -177,7 +177,7 @@ def less_itself_is_nothing(host: str, technique: Technique) -> None:
         gw.add(model, "a", "minus", name="nothing")
     except NotComposable as refusal:
         assert adapter.techniques[0].stored().name in str(refusal), f"refused without its name: {refusal}"
-        assert list(gw.adapters(model)) == ["a"], "half-composed"
+        assert not {"minus", "nothing"} & set(gw.adapters(model)), "half-composed"
     else:
         close(answer(model, batch), base, 1e-5, "an adapter and its negative are not the base")
         assert not torch.equal(negative, base), "the negative changes nothing"
@@ -285,6 +285,7 @@ def a_file_brings_it_back(host: str, technique: Technique) -> None:
     with tempfile.TemporaryDirectory() as folder:
         gw.save(model, folder, name="fr")
         fresh = tiny(host)
+        companions(fresh, technique)
         loaded = gw.load(fresh, Path(folder), name="fr")
     assert not loaded.trainable, "a loaded adapter trains without being asked"
     close(answer(fresh, batch), wanted, 1e-6, "loaded differs")

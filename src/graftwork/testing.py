@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from graftwork.engine.adapter import Adapter
 from graftwork.engine.attach import attach
+from graftwork.engine.verbs import adapters, trainable
 from graftwork.errors import UnknownName, nearest
 from graftwork.reference.technique import Technique
 
@@ -281,13 +282,30 @@ def tiny_batch(
 
 
 def grafted(model: nn.Module, host: str, technique: Technique, **options: Any) -> Adapter:
-    """Attach to `tiny(host)`, with its batch (tokens as labels) to calibrate where the technique starts from data."""
+    """Attach to `tiny(host)`, with its batch (tokens as labels) to calibrate where the technique starts from data, and
+    behind the adapters that it reads."""
+    companions(model, technique)
     if not technique.needs_data:
         return attach(model, technique, **options)
     dtype = next(model.parameters()).dtype
     batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tiny_batch(host).items()}
     labels = {"labels": batch["input_ids"]} if type(model).__name__.endswith("ForCausalLM") else {}
     return attach(model, technique, calibration=[{**batch, **labels}], **options)
+
+
+def companions(model: nn.Module, technique: Technique) -> None:
+    """Attach the adapters that a technique reads (`others`), where they are missing: bottleneck adapters, frozen, with
+    the same values every time."""
+    from graftwork.techniques.bottleneck_adapter import BottleneckAdapter
+
+    generator = torch.Generator().manual_seed(0)
+    for name in technique.others():
+        if name in adapters(model):
+            continue
+        adapter = attach(model, BottleneckAdapter(width=4), name=name, head=False)
+        for parameter in adapter.parameters():
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        trainable(model)
 
 
 def _parse(name: str) -> tuple[Family, str]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-import graftwork as gw
 from cases import cases, first_cases
 from graftwork.errors import NothingMatches, PortUnavailable, RouteError
 from graftwork.laws import LAWS
 from graftwork.reference.catalogue import techniques
 from graftwork.reference.technique import Technique
-from graftwork.testing import tiny
+from graftwork.testing import grafted, tiny
 
 EVERYDAY = "bert"
 HOSTS = (EVERYDAY, "llama", "bert-classification", "gpt2", "t5", "vit", "mamba", "resnet")
@@ -33,7 +32,6 @@ REFUSED: dict[tuple[str, str], str] = {
         for host, reason in (("resnet", "no sequence of positions"), ("vit", "no vocabulary"))
     },
     ("multitask-prompt-tuning", "resnet"): "no sequence of positions",
-    **{("adapter-fusion", host): "no adapter called" for host in HOSTS},
     ("loreft", "resnet"): "none of the",
     ("lora-gated", "resnet"): "stride",
     ("vpt", "resnet"): "no sequence of positions",
@@ -53,7 +51,7 @@ UNROUTABLE = {
 
 def refusal(technique: Technique, host: str) -> str | None:
     try:
-        gw.attach(tiny(host), technique)
+        grafted(tiny(host), host, technique)
     except (PortUnavailable, NothingMatches) as reason:
         return str(reason)
     return None
@@ -102,7 +100,7 @@ def test_law(name: str, host: str, law: str) -> None:
 @pytest.mark.parametrize("name", [name for name in cases() if (name, "bert") not in REFUSED])
 def test_every_tensor_is_made_where_the_host_is(name: str) -> None:
     model = tiny("bert").to("meta")
-    gw.attach(model, cases()[name])
+    grafted(model, "bert", cases()[name])
     elsewhere = {
         key for key, tensor in (*model.named_parameters(), *model.named_buffers()) if not tensor.is_meta
     }

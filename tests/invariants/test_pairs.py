@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import graftwork as gw
-from cases import first_cases
+from cases import cases, first_cases
 from graftwork.errors import NothingMatches, PortUnavailable
 from graftwork.laws import answer, close, real, stir, told
 from graftwork.reference.catalogue import techniques
@@ -28,15 +28,14 @@ UNCACHED = "tiny_attention_adapter"  # looks at earlier positions, so that it re
 def crowded(host: str) -> tuple[nn.Module, tuple[str, ...]]:
     """A model with one adapter of each technique that it can take, off their starting values."""
     model = tiny(host)
-    for number, name in enumerate(("nli", "sentiment")):  # what the fusion is of
-        stir(gw.attach(model, gw.BottleneckAdapter(width=4), name=name), seed=100 + number)
     for number, (name, technique) in enumerate(first_cases().items()):
         try:
             adapter = grafted(model, host, technique, name=name.replace("-", "_"), head=False)
         except (PortUnavailable, NothingMatches):
             continue
         stir(adapter, seed=number)
-    return model, tuple(name for name in gw.adapters(model) if name not in ("nli", "sentiment"))
+    fused = cases()["adapter-fusion"].others()
+    return model, tuple(name for name in gw.adapters(model) if name not in fused)
 
 
 @torch.no_grad()
